@@ -1,0 +1,84 @@
+"""The one place that chooses between the native kernel and Numba, and the only reader of the environment.
+
+A backend that is asked for by name and cannot load is an error: nothing falls back in silence. Only the automatic
+choice (no name, no AUTOCLIP_BACKEND) tries one after the other, and `NormHistory.backend` tells what it took.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+
+from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, BackendError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_REMEDIES = {
+    "native": "the compiled kernel is missing: install a wheel of autoclip-core for this platform, or install from "
+    "source where there is a C compiler",
+    "numba": 'numba is missing: pip install "autoclip-core[numba]"',
+}
+
+
+class Backend(Protocol):
+    """One history, as a backend keeps it. The arguments have been checked; arrays are contiguous float64."""
+
+    name: ClassVar[str]
+
+    def __init__(self, window: int | None) -> None: ...
+    @classmethod
+    def from_bytes(cls, snapshot: bytes) -> Self: ...
+    def to_bytes(self) -> bytes: ...
+    def clone(self) -> Self: ...
+    def push(self, norm: float) -> None: ...
+    def extend(self, norms: NDArray[np.float64]) -> None: ...
+    def observe(self, norm: float, percentile: float) -> float: ...
+    def observe_many(
+        self, norms: NDArray[np.float64], percentiles: NDArray[np.float64]
+    ) -> NDArray[np.float64]: ...
+    def percentile(self, percentile: float) -> float: ...
+    def select(self, rank: int) -> float: ...
+    def rank(self, norm: float) -> int: ...
+    def order_statistics(self, first: int, count: int) -> NDArray[np.float64]: ...
+    def values(self) -> NDArray[np.float64]: ...
+    def merge(self, other: Self) -> None: ...
+    def clear(self) -> None: ...
+    def check(self) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def find_backend(name: str | None) -> type[Backend]:
+    """Return the class of the named backend, or of the first that loads.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: there is no backend of that name.
+        BackendError: it cannot be loaded.
+    """
+    if name is None:
+        name = os.environ.get("AUTOCLIP_BACKEND") or None
+    if name is not None and not isinstance(name, str):
+        raise AutoClipTypeError(f"backend must be a name or None, but {name!r} ({type(name).__name__}) was given.")
+    if name is not None and name not in _REMEDIES:
+        raise AutoClipValueError(f'backend must be "native", "numba" or None, but {name!r} was given.')
+    return _load(name)
+
+
+@cache
+def _load(name: str | None) -> type[Backend]:
+    failures = []
+    for candidate in _REMEDIES if name is None else (name,):
+        try:
+            backend: type[Backend] = import_module(f"autoclip_core._{candidate}").History
+            return backend
+        except ImportError as error:
+            failures.append((candidate, error))
+    reasons = "; ".join(f"{candidate}: {_REMEDIES[candidate]} ({error})" for candidate, error in failures)
+    raise BackendError(f"No backend can be loaded. {reasons}." if name is None else f"Backend {reasons}.")

@@ -1,0 +1,227 @@
+/* Histories for several threads and several languages: a lock each, and one table for the whole process.
+ *
+ * Python, JAX and TensorFlow reach a history by its id, each through its own door and from its own threads, and all
+ * doors must lead to this one table: never link a second copy of this file into another shared object of the process.
+ *
+ * An id is a place in the table and the generation of that place, so that the id of a destroyed history stays unknown
+ * for ever. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table. */
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "memory.h"
+
+/* --- A lock ----------------------------------------------------------------------------------------------------- */
+
+#if defined(_WIN32)
+#include <windows.h>
+typedef SRWLOCK lock_type;
+#define LOCK_INITIALIZER SRWLOCK_INIT
+static void lock_init(lock_type *lock) { InitializeSRWLock(lock); }
+static void lock_acquire(lock_type *lock) { AcquireSRWLockExclusive(lock); }
+static void lock_release(lock_type *lock) { ReleaseSRWLockExclusive(lock); }
+#else
+#include <pthread.h>
+typedef pthread_mutex_t lock_type;
+#define LOCK_INITIALIZER PTHREAD_MUTEX_INITIALIZER
+static void lock_init(lock_type *lock) { (void)pthread_mutex_init(lock, NULL); }
+static void lock_acquire(lock_type *lock) { (void)pthread_mutex_lock(lock); }
+static void lock_release(lock_type *lock) { (void)pthread_mutex_unlock(lock); }
+#endif
+
+/* --- The table -------------------------------------------------------------------------------------------------- */
+
+enum { FIRST_BLOCK = 64, BLOCKS = 26 }; /* all blocks together have fewer than 2^32 places */
+
+struct place {
+    lock_type lock;
+    autoclip_history *history; /* NULL while the place is free */
+    uint32_t generation;       /* from 1; the next history here gets the next one */
+    uint32_t index;
+    struct place *next_free;
+};
+
+static struct {
+    lock_type lock; /* guards what follows, but for reading `blocks` */
+    _Atomic(struct place *) blocks[BLOCKS];
+    uint32_t block_count;
+    uint32_t block_used; /* places ever used in the newest block */
+    uint32_t place_count;
+    struct place *free_places;
+    bool follows_forks;
+} table = {.lock = LOCK_INITIALIZER};
+
+static uint32_t block_size(uint32_t block) { return (uint32_t)FIRST_BLOCK << block; }
+
+static struct place *place_at(uint32_t index) {
+    uint32_t block = 0;
+    for (; block < BLOCKS && index >= block_size(block); ++block) index -= block_size(block);
+    struct place *places = block < BLOCKS ? atomic_load_explicit(&table.blocks[block], memory_order_acquire) : NULL;
+    return places != NULL ? places + index : NULL;
+}
+
+/* The place of this id, locked; NULL if the id is unknown. */
+static struct place *acquire(uint64_t id) {
+    struct place *place = place_at((uint32_t)id);
+    if (place == NULL) return NULL;
+    lock_acquire(&place->lock);
+    if (place->history != NULL && place->generation == id >> 32) return place;
+    lock_release(&place->lock);
+    return NULL;
+}
+
+#if !defined(_WIN32)
+/* A child of fork() has one thread, and every lock that another thread held at that moment would stay locked there for
+ * ever: so hold them all while forking. Locks of several places are always taken in ascending order. */
+static void before_fork(void) {
+    lock_acquire(&table.lock);
+    for (uint32_t index = 0; index < table.place_count; ++index) lock_acquire(&place_at(index)->lock);
+}
+
+static void after_fork(void) {
+    for (uint32_t index = 0; index < table.place_count; ++index) lock_release(&place_at(index)->lock);
+    lock_release(&table.lock);
+}
+
+static bool follow_forks(void) { return pthread_atfork(before_fork, after_fork, after_fork) == 0; }
+#else
+static bool follow_forks(void) { return true; }
+#endif
+
+/* A free place, the table being locked; NULL when there is no memory. */
+static struct place *take_place(void) {
+    if (table.free_places != NULL) {
+        struct place *place = table.free_places;
+        table.free_places = place->next_free;
+        return place;
+    }
+    if (table.block_count == 0 || table.block_used == block_size(table.block_count - 1)) {
+        if (table.block_count == BLOCKS) return NULL;
+        const uint32_t size = block_size(table.block_count);
+        struct place *places = memory_default_allocate(NULL, size * sizeof *places);
+        if (places == NULL) return NULL;
+        for (uint32_t i = 0; i < size; ++i) {
+            places[i] = (struct place){.generation = 1, .index = table.place_count + i};
+            lock_init(&places[i].lock);
+        }
+        atomic_store_explicit(&table.blocks[table.block_count], places, memory_order_release);
+        table.block_count += 1;
+        table.block_used = 0;
+    }
+    table.block_used += 1;
+    return place_at(table.place_count++);
+}
+
+/* Give a history, which the table then owns, an id. */
+static autoclip_status publish(autoclip_history *history, uint64_t *id) {
+    lock_acquire(&table.lock);
+    if (!table.follows_forks) table.follows_forks = follow_forks();
+    struct place *place = table.follows_forks ? take_place() : NULL;
+    lock_release(&table.lock);
+    if (place == NULL) {
+        autoclip_history_destroy(history);
+        return AUTOCLIP_NO_MEMORY;
+    }
+    lock_acquire(&place->lock);
+    place->history = history;
+    *id = (uint64_t)place->generation << 32 | place->index;
+    lock_release(&place->lock);
+    return AUTOCLIP_OK;
+}
+
+/* --- The doors -------------------------------------------------------------------------------------------------- */
+
+autoclip_status autoclip_shared_create(uint64_t window, uint64_t *id) {
+    autoclip_history *history;
+    const autoclip_status status = autoclip_history_create(window, NULL, &history);
+    return status == AUTOCLIP_OK ? publish(history, id) : status;
+}
+
+autoclip_status autoclip_shared_load(const void *bytes, size_t size, uint64_t *id) {
+    autoclip_history *history;
+    const autoclip_status status = autoclip_history_load(bytes, size, NULL, &history);
+    return status == AUTOCLIP_OK ? publish(history, id) : status;
+}
+
+autoclip_status autoclip_shared_clone(uint64_t id, uint64_t *clone) {
+    struct place *place = acquire(id);
+    if (place == NULL) return AUTOCLIP_NO_HISTORY;
+    autoclip_history *history;
+    const autoclip_status status = autoclip_history_clone(place->history, &history);
+    lock_release(&place->lock);
+    return status == AUTOCLIP_OK ? publish(history, clone) : status;
+}
+
+autoclip_status autoclip_shared_destroy(uint64_t id) {
+    struct place *place = acquire(id);
+    if (place == NULL) return AUTOCLIP_NO_HISTORY;
+    autoclip_history *history = place->history;
+    place->history = NULL;
+    place->generation += 1;
+    const bool reusable = place->generation < INT32_MAX; /* an id fits into a signed integer of 64 bits */
+    lock_release(&place->lock);
+    autoclip_history_destroy(history);
+    if (reusable) {
+        lock_acquire(&table.lock);
+        place->next_free = table.free_places;
+        table.free_places = place;
+        lock_release(&table.lock);
+    }
+    return AUTOCLIP_OK;
+}
+
+autoclip_status autoclip_shared_merge(uint64_t id, uint64_t other) {
+    const bool id_first = (uint32_t)id < (uint32_t)other;
+    struct place *first = acquire(id_first ? id : other);
+    if (first == NULL) return AUTOCLIP_NO_HISTORY;
+    autoclip_status status = AUTOCLIP_NO_HISTORY;
+    if (id == other) {
+        status = autoclip_history_merge(first->history, first->history);
+    } else if ((uint32_t)id != (uint32_t)other) { /* else: two generations of one place, one of them unknown */
+        struct place *second = acquire(id_first ? other : id);
+        if (second != NULL) {
+            struct place *to = id_first ? first : second;
+            struct place *from = id_first ? second : first;
+            status = autoclip_history_merge(to->history, from->history);
+            lock_release(&second->lock);
+        }
+    }
+    lock_release(&first->lock);
+    return status;
+}
+
+/* Every other door is the same: lock, call, unlock. */
+#define DOOR(name, parameters, call)                          \
+    autoclip_status autoclip_shared_##name parameters {       \
+        struct place *place = acquire(id);                           \
+        if (place == NULL) return AUTOCLIP_NO_HISTORY;        \
+        autoclip_history *history = place->history;           \
+        autoclip_status status = AUTOCLIP_OK;                 \
+        call;                                                 \
+        lock_release(&place->lock);                           \
+        return status;                                        \
+    }
+
+DOOR(clear, (uint64_t id), autoclip_history_clear(history))
+DOOR(size, (uint64_t id, uint64_t *size), *size = autoclip_history_size(history))
+DOOR(window, (uint64_t id, uint64_t *window), *window = autoclip_history_window(history))
+DOOR(memory, (uint64_t id, uint64_t *bytes), *bytes = autoclip_history_memory(history))
+DOOR(push, (uint64_t id, double norm), status = autoclip_history_push(history, norm))
+DOOR(extend, (uint64_t id, const double *norms, size_t count), status = autoclip_history_extend(history, norms, count))
+DOOR(observe, (uint64_t id, double norm, double percentile, double *threshold),
+     status = autoclip_history_observe(history, norm, percentile, threshold))
+DOOR(observe_many,
+     (uint64_t id, const double *norms, size_t count, const double *percentiles, size_t percentile_count,
+      double *thresholds),
+     status = autoclip_history_observe_many(history, norms, count, percentiles, percentile_count, thresholds))
+DOOR(percentile, (uint64_t id, double percentile, double *threshold),
+     status = autoclip_history_percentile(history, percentile, threshold))
+DOOR(select, (uint64_t id, uint64_t rank, double *norm), status = autoclip_history_select(history, rank, norm))
+DOOR(rank, (uint64_t id, double norm, uint64_t *rank), status = autoclip_history_rank(history, norm, rank))
+DOOR(order_statistics, (uint64_t id, uint64_t first, size_t count, double *norms),
+     status = autoclip_history_order_statistics(history, first, count, norms))
+DOOR(values, (uint64_t id, double *norms, size_t capacity, size_t *count),
+     status = autoclip_history_values(history, norms, capacity, count))
+DOOR(save_size, (uint64_t id, size_t *size), *size = autoclip_history_save_size(history))
+DOOR(save, (uint64_t id, void *bytes, size_t capacity, size_t *size),
+     status = autoclip_history_save(history, bytes, capacity, size))
+DOOR(check, (uint64_t id, const char **reason), status = autoclip_history_check(history, reason))
