@@ -136,6 +136,10 @@ class NormHistory:
         """
         array = _as_array(norms, "norms")
         _check_finite(array)
+        if self.window is None and len(array) > 1:
+            import numpy as np
+
+            array = np.sort(array)  # the order of age is not kept, and numpy's vectorised sort is the fastest there is
         self._backend.extend(array)
 
     def observe(self, norm: float, percentile: float) -> float:

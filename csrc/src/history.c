@@ -318,24 +318,31 @@ autoclip_status autoclip_history_push(autoclip_history *history, double norm) {
     return status;
 }
 
+/* These two look at every norm without a branch, so that compilers turn them into vector code. */
 static bool all_finite(const double *norms, size_t count) {
     size_t finite = 0;
-    for (size_t i = 0; i < count; ++i) finite += isfinite(norms[i]) != 0;
+    for (size_t i = 0; i < count; ++i) finite += norms[i] - norms[i] == 0.0;
     return finite == count;
 }
 
-/* Ascending, and without a -0.0 that would have to be rewritten. */
 static bool is_ascending(const double *norms, size_t count) {
-    for (size_t i = 0; i < count; ++i) {
-        if (norms[i] == 0.0 && signbit(norms[i])) return false;
-        if (i > 0 && norms[i] < norms[i - 1]) return false;
-    }
-    return true;
+    size_t descents = 0;
+    for (size_t i = 1; i < count; ++i) descents += norms[i] < norms[i - 1];
+    return descents == 0;
+}
+
+/* Whether some zero among ascending norms is a -0.0, which must be rewritten. */
+static bool has_negative_zero(const double *ascending, size_t count) {
+    size_t zero = lower_bound(ascending, count, 0.0);
+    while (zero < count && ascending[zero] == 0.0 && !signbit(ascending[zero])) ++zero;
+    return zero < count && ascending[zero] == 0.0;
 }
 
 /* Take in a large part of the history at once: sort, then build a new tree. */
 static autoclip_status extend_by_rebuild(autoclip_history *history, const double *norms, size_t count) {
-    if (is_ascending(norms, count)) return rebuild(history, iterate_array(norms, count), count);
+    if (is_ascending(norms, count) && !has_negative_zero(norms, count)) {
+        return rebuild(history, iterate_array(norms, count), count);
+    }
     struct memory *memory = &history->memory;
     double *sorted = memory_allocate(memory, count * sizeof *sorted);
     if (sorted == NULL) return AUTOCLIP_NO_MEMORY;
@@ -422,10 +429,17 @@ autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip
 
 /* --- Ask -------------------------------------------------------------------------------------------------------- */
 
+/* Whether the leaf that the cursor is in holds the key of this rank. */
+static bool in_leaf(const autoclip_history *history, uint64_t rank) {
+    return rank - history->leaf.first < history->leaf.size;
+}
+
 static double tree_key(autoclip_history *history, uint64_t rank) {
-    if (rank - history->leaf.first >= history->leaf.size) history->leaf = ostree_locate(&history->tree, rank);
+    if (!in_leaf(history, rank)) history->leaf = ostree_locate(&history->tree, rank);
     return history->leaf.keys[rank - history->leaf.first];
 }
+
+static size_t clamp(size_t value, size_t low, size_t high) { return value < low ? low : value > high ? high : value; }
 
 /* Whether at most `buffered` norms of the buffer stand among the first `rank` norms of the union. */
 static bool enough_buffered(autoclip_history *history, uint64_t rank, size_t buffered) {
@@ -439,9 +453,12 @@ static bool enough_buffered(autoclip_history *history, uint64_t rank, size_t buf
 static size_t find_buffered_before(autoclip_history *history, uint64_t rank) {
     size_t low = rank > history->tree.size ? (size_t)(rank - history->tree.size) : 0; /* every answer is low ... */
     size_t high = rank < history->buffered ? (size_t)rank : history->buffered;        /* ... to high */
-    size_t near = history->buffered_before;
-    if (near < low) near = low;
-    if (near > high) near = high;
+    size_t near = clamp(history->buffered_before, low, high);
+    if (rank > near && !in_leaf(history, rank - near - 1)) {
+        /* A far jump, or the edge of a leaf: the norm found there tells better where to begin. */
+        const double landed = tree_key(history, rank - near - 1);
+        near = clamp(upper_bound(history->buffer, history->buffered, landed), low, high);
+    }
     if (enough_buffered(history, rank, near)) {
         high = near;
         for (size_t step = 1; low + step <= high; step *= 2) {

@@ -1,5 +1,4 @@
-/* Bytes in, bytes out: the format is drawn in autoclip.h. All numbers are read and written byte by byte, which compilers
- * turn into plain loads and stores where the machine is little-endian, and which is right everywhere else. */
+/* Bytes in, bytes out: the format is drawn in autoclip.h. */
 #include <float.h>
 #include <string.h>
 
@@ -25,20 +24,18 @@ static uint64_t get(const uint8_t *bytes, size_t size) {
     return value;
 }
 
-static uint64_t get8(const uint8_t *bytes) {
-    return (uint64_t)bytes[0] | (uint64_t)bytes[1] << 8 | (uint64_t)bytes[2] << 16 | (uint64_t)bytes[3] << 24 |
-           (uint64_t)bytes[4] << 32 | (uint64_t)bytes[5] << 40 | (uint64_t)bytes[6] << 48 | (uint64_t)bytes[7] << 56;
+/* A word of memory as a little-endian number, and back; compilers see that most machines need nothing done. */
+static uint64_t little_endian(uint64_t word) {
+    const uint16_t one = 1;
+    uint8_t first;
+    memcpy(&first, &one, sizeof first);
+    return first == 1 ? word : get((const uint8_t *)&word, sizeof word);
 }
 
-static void put8(uint8_t *bytes, uint64_t value) {
-    bytes[0] = (uint8_t)value;
-    bytes[1] = (uint8_t)(value >> 8);
-    bytes[2] = (uint8_t)(value >> 16);
-    bytes[3] = (uint8_t)(value >> 24);
-    bytes[4] = (uint8_t)(value >> 32);
-    bytes[5] = (uint8_t)(value >> 40);
-    bytes[6] = (uint8_t)(value >> 48);
-    bytes[7] = (uint8_t)(value >> 56);
+static uint64_t get8(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return little_endian(word);
 }
 
 static double get_double(const uint8_t *bytes) {
@@ -49,9 +46,10 @@ static double get_double(const uint8_t *bytes) {
 }
 
 static void put_double(uint8_t *bytes, double value) {
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    put8(bytes, bits);
+    uint64_t word;
+    memcpy(&word, &value, sizeof word);
+    word = little_endian(word);
+    memcpy(bytes, &word, sizeof word);
 }
 
 /* --- XXH64 with seed 0, for lengths that are multiples of 8, after its published specification ------------------- */
