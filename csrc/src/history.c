@@ -185,6 +185,7 @@ enum { PREFETCH_AHEAD = 8 };
 /* Move the whole buffer into the tree. What did not fit into memory stays in the buffer. */
 static autoclip_status settle(autoclip_history *history) {
     const size_t count = history->buffered;
+    if (count == 0) return AUTOCLIP_OK;
     if (count > history->tree.size / 4) return rebuild(history, iterate_array(NULL, 0), 0);
     const double *norms = history->buffer;
     autoclip_status status = AUTOCLIP_OK;

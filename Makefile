@@ -1,0 +1,63 @@
+## make demo    train a network with AutoClip, with a fixed threshold and without clipping; DEMO="--help" for options
+## make test    everything: static checks, C tests, Python tests on both backends
+## make bench   growth of the cost with the history, beside its rivals
+## make format  lay out all sources
+## make clean   remove what the others made
+##
+## Needed: python3 (3.11 or newer, with venv and headers) and a C compiler. Everything else comes into .venv.
+
+PYTHON ?= python3
+# Whatever may end up in the wheel, and the folders themselves, so that a deleted file counts as well.
+SOURCES := $(shell find csrc autoclip_core adapters -not -path '*__pycache__*') pyproject.toml README.md
+C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+.NOTPARALLEL:
+.PHONY: help demo test bench format clean tools static c-asan c-release python
+
+help:
+	@sed -n 's/^## \?//p' Makefile
+
+# The installed package is what runs, never the source tree: no editable install, and python -P.
+demo: .venv/demo
+	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
+
+test: tools static c-asan c-release python
+
+bench: .venv/bench
+	AUTOCLIP_BACKEND=native python -m bench history
+
+format: .venv/test
+	ruff check --fix
+	ruff format
+	clang-format -i --style=file:csrc/.clang-format $(C_SOURCES)
+
+clean:
+	rm -rf .venv build demo-output
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# Constrained twice because newer pips read the second name, and it alone, for the environment of the build.
+.venv/demo .venv/test .venv/bench: .venv/%: constraints.txt $(SOURCES) | .venv/bin/python
+	AUTOCLIP_REQUIRE_NATIVE=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	    python -m pip install '.[$*]'
+	touch $@
+
+tools:
+	@for tool in $$(sed '/^#/d; s/ .*//' .ci/tools); do \
+	    command -v $$tool >/dev/null || { echo "absent, tests that need it are skipped: $$tool"; absent=1; }; \
+	done; test -z "$$absent" -o -z "$$AUTOCLIP_DEMAND_ALL"
+
+static: .venv/test
+	ruff check
+	ruff format --check
+	clang-format --dry-run --Werror --style=file:csrc/.clang-format $(C_SOURCES)
+	mypy
+
+c-asan c-release: c-%: .venv/test
+	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
+
+python: .venv/test
+	AUTOCLIP_BACKEND=native pytest
+	AUTOCLIP_BACKEND=numba pytest tests/core
