@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import inf
 from typing import Any, Literal, NamedTuple, get_args
 
 from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, NonFiniteNormError, StateError

@@ -8,9 +8,9 @@ cheap, and so does a run that never asks for an array.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isfinite
+from math import isfinite, isnan
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from autoclip_core._backend import Backend, find_backend
 from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, bad_norm, bad_percentile
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 def as_number(value: Any, name: str) -> float:
     """Return a real number as a float; refuse everything else, bool included."""
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise AutoClipTypeError(f"{name} must be a real number, but {_describe(value)} was given.")
+    try:
         return float(value)
-    raise AutoClipTypeError(f"{name} must be a real number, but {_describe(value)} was given.")
+    except OverflowError:
+        raise AutoClipValueError(
+            f"{name} must be within the range of floats, but {_describe(value)} was given."
+        ) from None
 
 
 def as_percentile(value: Any) -> float:
@@ -39,9 +44,12 @@ def as_count(value: Any, name: str, *, minimum: int) -> int:
     """Return a whole number of at least `minimum` as an int."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise AutoClipTypeError(f"{name} must be a whole number, but {_describe(value)} was given.")
-    if not minimum <= value < 2**63:
-        raise AutoClipValueError(f"{name} must be at least {minimum} and below 2**63, but {value!r} was given.")
-    return int(value)
+    count = int(value)
+    if not minimum <= count < 2**63:
+        raise AutoClipValueError(
+            f"{name} must be at least {minimum} and below 2**63, but {_describe(value)} was given."
+        )
+    return count
 
 
 def _describe(value: Any) -> str:
@@ -60,7 +68,9 @@ def _as_array(values: ArrayLike | Iterable[float], name: str) -> NDArray[np.floa
     import numpy as np
 
     if not hasattr(values, "__array__") and isinstance(values, Iterable) and not isinstance(values, str | bytes):
-        values = list(values)
+        values = cast("list[float]", list(values))
+        if not {bool, np.bool_}.isdisjoint(map(type, values)):  # numpy would make numbers of them
+            raise AutoClipTypeError(f"{name} must be real numbers, but there is a bool among them.")
     try:
         array = np.asarray(values)
     except ValueError:
@@ -69,7 +79,8 @@ def _as_array(values: ArrayLike | Iterable[float], name: str) -> NDArray[np.floa
         raise AutoClipTypeError(f"{name} must be real numbers, but an array of {array.dtype} was given.")
     if array.ndim != 1:
         raise AutoClipValueError(f"{name} must be one-dimensional, but an array of shape {array.shape} was given.")
-    return np.ascontiguousarray(array, dtype=np.float64)
+    with np.errstate(over="ignore"):  # what is beyond float64 becomes infinite, and is refused as such
+        return np.ascontiguousarray(array, dtype=np.float64)
 
 
 class NormHistory:
@@ -194,7 +205,7 @@ class NormHistory:
             AutoClipTypeError, AutoClipValueError: the norm is not a real number, or is NaN.
         """
         number = as_number(norm, "norm")
-        if number != number:
+        if isnan(number):
             raise AutoClipValueError("NaN has no rank.")
         return self._backend.rank(number)
 
@@ -205,9 +216,7 @@ class NormHistory:
             AutoClipTypeError, AutoClipValueError: first or count is not a whole number of at least 0.
             RankError: first + count is above `len(history)`.
         """
-        return self._backend.order_statistics(
-            as_count(first, "first", minimum=0), as_count(count, "count", minimum=0)
-        )
+        return self._backend.order_statistics(as_count(first, "first", minimum=0), as_count(count, "count", minimum=0))
 
     def values(self) -> NDArray[np.float64]:
         """Return all norms, shape (n,), ascending. O(n)."""

@@ -1,0 +1,6 @@
+"""AutoClip for PyTorch: gradient clipping whose threshold is chosen by itself."""
+
+from autoclip_core import ClipStep
+from autoclip_torch.clip import AutoClip, attach
+
+__all__ = ["AutoClip", "ClipStep", "attach"]

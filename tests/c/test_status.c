@@ -1,0 +1,330 @@
+/* Every status of the header, each at least once, and what a refused call leaves behind: nothing.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "stream.h"
+
+static const double not_finite[] = {(double)NAN, (double)-NAN, (double)INFINITY, (double)-INFINITY};
+static const double not_percentiles[] = {(double)NAN,      -0x1p-1074, -1, 0x1.9000000000001p+6, 101,
+                                         (double)INFINITY, (double)-INFINITY};
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* A history of a few norms beside its model; the window may be 0. */
+typedef struct subject {
+    heap heap;
+    autoclip_history *history;
+    model truth;
+} subject;
+
+static void subject_create(subject *own, uint64_t window, size_t count) {
+    memset(own, 0, sizeof *own);
+    heap_create(&own->heap);
+    model_create(&own->truth, window);
+    REQUIRE_OK(autoclip_history_create(window, &own->heap.allocator, &own->history));
+    for (size_t i = 0; i < count; i++) {
+        REQUIRE_OK(autoclip_history_push(own->history, (double)(i * 7 % 11)));
+        model_push(&own->truth, (double)(i * 7 % 11));
+    }
+}
+
+static void subject_destroy(subject *own) {
+    judge(own->history, &own->truth); /* the end of every test: as it was */
+    autoclip_history_destroy(own->history);
+    model_destroy(&own->truth);
+    heap_destroy(&own->heap);
+}
+
+static void test_not_finite_norms_are_refused_whole(void) {
+    for (uint64_t window = 0; window <= 6; window += 3) {
+        for (size_t b = 0; b < COUNT(not_finite); b++) {
+            for (size_t count = 0; count <= 20; count += 10) {
+                subject own;
+                double threshold = SENTINEL;
+                double bad = not_finite[b];
+                subject_create(&own, window, count);
+                REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_push(own.history, bad));
+                REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_observe(own.history, bad, 10, &threshold));
+                REQUIRE_SAME(SENTINEL, threshold);
+                for (size_t length = 1; length <= 40; length += 3) {
+                    for (size_t at = 0; at < length; at++) {
+                        double norms[40];
+                        double percentiles[2] = {0, 50};
+                        double thresholds[80];
+                        for (size_t i = 0; i < length; i++) {
+                            norms[i] = (double)i;
+                            thresholds[2 * i] = thresholds[2 * i + 1] = SENTINEL;
+                        }
+                        norms[at] = bad;
+                        REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_extend(own.history, norms, length));
+                        REQUIRE_STATUS(AUTOCLIP_NOT_FINITE,
+                                       autoclip_history_observe_many(own.history, norms, length, percentiles, 2,
+                                                                     thresholds));
+                        for (size_t i = 0; i < 2 * length; i++) {
+                            REQUIRE_SAME(SENTINEL, thresholds[i]);
+                        }
+                        judge_facts(own.history, &own.truth);
+                    }
+                }
+                uint64_t rank = SENTINEL_SIZE;
+                if (isnan(bad)) {
+                    REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_rank(own.history, bad, &rank));
+                    REQUIRE(rank == SENTINEL_SIZE, "a rank was written");
+                } else {
+                    REQUIRE_OK(autoclip_history_rank(own.history, bad, &rank));
+                    REQUIRE(rank == (bad > 0 ? own.truth.count : 0), "rank of %g is %" PRIu64, bad, rank);
+                }
+                subject_destroy(&own);
+            }
+        }
+    }
+}
+
+static void test_bad_percentiles_are_refused_whole(void) {
+    for (size_t b = 0; b < COUNT(not_percentiles); b++) {
+        for (size_t count = 1; count <= 20; count += 19) {
+            subject own;
+            double bad = not_percentiles[b];
+            double threshold = SENTINEL;
+            subject_create(&own, 0, count);
+            REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_history_percentile(own.history, bad, &threshold));
+            REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_history_observe(own.history, 1, bad, &threshold));
+            REQUIRE_SAME(SENTINEL, threshold);
+            for (size_t at = 0; at < 3; at++) {
+                const double norms[2] = {1, 2};
+                double percentiles[3] = {0, 50, 100};
+                double thresholds[6] = {SENTINEL, SENTINEL, SENTINEL, SENTINEL, SENTINEL, SENTINEL};
+                percentiles[at] = bad;
+                REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE,
+                               autoclip_history_observe_many(own.history, norms, 2, percentiles, 3, thresholds));
+                for (size_t i = 0; i < 6; i++) {
+                    REQUIRE_SAME(SENTINEL, thresholds[i]);
+                }
+            }
+            subject_destroy(&own);
+        }
+    }
+}
+
+static void test_empty_history_has_no_percentile(void) {
+    for (uint64_t window = 0; window <= 5; window += 5) {
+        subject own;
+        double value = SENTINEL;
+        uint64_t rank = SENTINEL_SIZE;
+        size_t count = SENTINEL_SIZE;
+        subject_create(&own, window, 0);
+        REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_history_percentile(own.history, 50, &value));
+        REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_history_percentile(own.history, 0, &value));
+        REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_select(own.history, 0, &value));
+        REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 0, 1, &value));
+        REQUIRE_SAME(SENTINEL, value);
+        REQUIRE_OK(autoclip_history_rank(own.history, 1, &rank));
+        REQUIRE(rank == 0, "rank is %" PRIu64, rank);
+        REQUIRE_OK(autoclip_history_values(own.history, NULL, 0, &count));
+        REQUIRE(count == 0, "count is %zu", count);
+        REQUIRE_OK(autoclip_history_push(own.history, 1)); /* emptied again, it is as empty as a new one */
+        autoclip_history_clear(own.history);
+        REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_history_percentile(own.history, 50, &value));
+        subject_destroy(&own);
+    }
+}
+
+static void test_ranks_beyond_the_size_are_refused(void) {
+    subject own;
+    double norms[32];
+    subject_create(&own, 0, 20);
+    for (size_t i = 0; i < COUNT(norms); i++) {
+        norms[i] = SENTINEL;
+    }
+    const uint64_t ranks[] = {20, 21, UINT64_C(1) << 32, UINT64_C(1) << 63, UINT64_MAX};
+    for (size_t i = 0; i < COUNT(ranks); i++) {
+        REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_select(own.history, ranks[i], norms));
+        REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, ranks[i], 1, norms));
+    }
+    REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 0, 21, norms));
+    REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 19, 2, norms));
+    REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 5, SIZE_MAX, norms));
+    REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, UINT64_MAX, 2, norms));
+    for (size_t i = 0; i < COUNT(norms); i++) {
+        REQUIRE_SAME(SENTINEL, norms[i]);
+    }
+    REQUIRE_OK(autoclip_history_order_statistics(own.history, 20, 0, NULL)); /* none, after the last */
+    REQUIRE_OK(autoclip_history_order_statistics(own.history, 0, 20, norms));
+    REQUIRE_SAME(own.truth.sorted[19], norms[19]);
+    REQUIRE_SAME(SENTINEL, norms[20]);
+    subject_destroy(&own);
+}
+
+static void test_window_refuses_a_merge(void) {
+    subject own;
+    subject other;
+    subject_create(&own, 5, 7);
+    subject_create(&other, 0, 3);
+    REQUIRE_STATUS(AUTOCLIP_HAS_WINDOW, autoclip_history_merge(own.history, other.history));
+    REQUIRE_STATUS(AUTOCLIP_HAS_WINDOW, autoclip_history_merge(own.history, own.history));
+    judge(own.history, &own.truth);
+    REQUIRE_OK(autoclip_history_merge(other.history, own.history)); /* the other way is fine */
+    model_extend(&other.truth, own.truth.aged, own.truth.count);
+    subject_destroy(&own);
+    subject_destroy(&other);
+}
+
+static void test_small_arrays_are_refused(void) {
+    for (uint64_t window = 0; window <= 6; window += 6) {
+        subject own;
+        double norms[20];
+        size_t count = SENTINEL_SIZE;
+        subject_create(&own, window, 20);
+        for (size_t i = 0; i < COUNT(norms); i++) {
+            norms[i] = SENTINEL;
+        }
+        for (size_t capacity = 0; capacity < own.truth.count; capacity++) {
+            REQUIRE_STATUS(AUTOCLIP_TOO_SMALL, autoclip_history_values(own.history, norms, capacity, &count));
+        }
+        REQUIRE(count == SENTINEL_SIZE, "a count was written");
+        for (size_t i = 0; i < COUNT(norms); i++) {
+            REQUIRE_SAME(SENTINEL, norms[i]);
+        }
+        REQUIRE_STATUS(AUTOCLIP_TOO_SMALL, autoclip_history_save(own.history, norms, sizeof norms[0], &count));
+        REQUIRE(count == SENTINEL_SIZE, "a size was written");
+        REQUIRE_SAME(SENTINEL, norms[0]);
+        subject_destroy(&own);
+    }
+}
+
+/* Memory that somebody else overwrote is noticed: each norm that the history holds, one at a time. */
+static void test_check_names_what_is_broken(void) {
+    static const double wrong[] = {-1e300, 1e300, (double)NAN, (double)INFINITY};
+    for (uint64_t window = 0; window <= 100; window += 100) {
+        for (size_t count = 3; count <= 100; count += 97) {
+            heap own;
+            autoclip_history *history;
+            uint64_t broken = 0;
+            heap_create(&own);
+            REQUIRE_OK(autoclip_history_create(window, &own.allocator, &history));
+            for (size_t i = 0; i < count; i++) {
+                REQUIRE_OK(autoclip_history_push(history, 1000.125 + (double)(i * 37 % 101)));
+            }
+            for (size_t b = 0; b < own.count; b++) {
+                for (size_t at = 0; at + sizeof(double) <= own.blocks[b].size; at += sizeof(double)) {
+                    double norm;
+                    memcpy(&norm, own.blocks[b].address + at, sizeof norm);
+                    if (!(norm >= 1000 && norm < 1102)) {
+                        continue;
+                    }
+                    for (size_t w = 0; w < COUNT(wrong); w++) {
+                        const char *reason = NULL;
+                        memcpy(own.blocks[b].address + at, &wrong[w], sizeof norm);
+                        autoclip_status status = autoclip_history_check(history, &reason);
+                        REQUIRE(reason != NULL, "no reason was written");
+                        REQUIRE(status == AUTOCLIP_OK || status == AUTOCLIP_BROKEN, "status is %d", (int)status);
+                        REQUIRE((status == AUTOCLIP_OK) == (reason[0] == '\0'), "status %d: '%s'", (int)status, reason);
+                        broken += status == AUTOCLIP_BROKEN;
+                        memcpy(own.blocks[b].address + at, &norm, sizeof norm);
+                    }
+                }
+            }
+            /* More places may be found than norms: a copy left behind in an unused one is nobody's. And without a window
+             * nothing contradicts an even lower lowest norm, or an even higher highest, of the buffer and of the tree. */
+            REQUIRE(broken >= count * COUNT(wrong) - 4, "%" PRIu64 " of %zu were noticed", broken,
+                    count * COUNT(wrong));
+            autoclip_history_destroy(history);
+            heap_destroy(&own);
+        }
+    }
+}
+
+static void test_messages_are_sentences(void) {
+    for (int status = AUTOCLIP_OK; status <= AUTOCLIP_BROKEN; status++) {
+        const char *message = autoclip_status_message((autoclip_status)status);
+        REQUIRE(message != NULL && message[0] != '\0', "status %d has no message", status);
+        for (int other = AUTOCLIP_OK; other < status; other++) {
+            REQUIRE(strcmp(message, autoclip_status_message((autoclip_status)other)) != 0,
+                    "status %d and %d have one message", status, other);
+        }
+    }
+    const int unknown[] = {AUTOCLIP_BROKEN + 1, 1000, -1};
+    for (size_t i = 0; i < COUNT(unknown); i++) {
+        const char *message = autoclip_status_message((autoclip_status)unknown[i]);
+        REQUIRE(message != NULL && message[0] != '\0', "status %d has no message", unknown[i]);
+    }
+}
+
+static void test_version_is_that_of_the_header(void) {
+    char version[32];
+    snprintf(version, sizeof version, "%d.%d.%d", AUTOCLIP_VERSION_MAJOR, AUTOCLIP_VERSION_MINOR,
+             AUTOCLIP_VERSION_PATCH);
+    REQUIRE(strcmp(version, autoclip_version()) == 0, "the library is %s, the header %s", autoclip_version(), version);
+    REQUIRE(autoclip_abi_version() == AUTOCLIP_ABI_VERSION, "the ABI of the library is %" PRIu32,
+            autoclip_abi_version());
+}
+
+static void test_nothing_may_be_null_but_what_the_header_allows(void) {
+    subject own;
+    double percentile = 50;
+    autoclip_history_destroy(NULL);
+    subject_create(&own, 0, 3);
+    REQUIRE_OK(autoclip_history_extend(own.history, NULL, 0));
+    REQUIRE_OK(autoclip_history_observe_many(own.history, NULL, 0, &percentile, 1, NULL));
+    REQUIRE_OK(autoclip_history_observe_many(own.history, NULL, 0, NULL, 0, NULL));
+    REQUIRE_OK(autoclip_history_order_statistics(own.history, 0, 0, NULL));
+    REQUIRE_OK(autoclip_history_order_statistics(own.history, 3, 0, NULL));
+    autoclip_history_clear(own.history);
+    own.truth.count = 0;
+    REQUIRE_OK(autoclip_history_extend(own.history, NULL, 0));
+    REQUIRE_OK(autoclip_history_order_statistics(own.history, 0, 0, NULL));
+    autoclip_history_clear(own.history);
+    REQUIRE_OK(autoclip_history_merge(own.history, own.history));
+    subject_destroy(&own);
+
+    autoclip_history *standard; /* malloc and free */
+    REQUIRE_OK(autoclip_history_create(0, NULL, &standard));
+    REQUIRE_OK(autoclip_history_push(standard, 1));
+    REQUIRE(autoclip_history_memory(standard) > 0, "no memory is counted");
+    autoclip_history_destroy(standard);
+}
+
+static void test_allocator_is_copied(void) {
+    heap own;
+    autoclip_history *history;
+    heap_create(&own);
+    autoclip_allocator mine = own.allocator;
+    REQUIRE_OK(autoclip_history_create(0, &mine, &history));
+    memset(&mine, 0, sizeof mine);
+    for (int i = 0; i < 3000; i++) {
+        REQUIRE_OK(autoclip_history_push(history, i));
+    }
+    autoclip_history_destroy(history);
+    heap_destroy(&own);
+}
+
+static void test_negative_zero_is_stored_as_zero(void) {
+    for (uint64_t window = 0; window <= 30; window += 30) {
+        subject own;
+        const double zeros[12] = {-0.0, 0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0};
+        const double percentile = 0;
+        double thresholds[12];
+        double threshold;
+        uint64_t rank;
+        subject_create(&own, window, 0);
+        REQUIRE_OK(autoclip_history_push(own.history, -0.0));
+        REQUIRE_OK(autoclip_history_observe(own.history, -0.0, 0, &threshold));
+        REQUIRE_SAME(0.0, threshold);
+        REQUIRE_OK(autoclip_history_extend(own.history, zeros, 1));
+        REQUIRE_OK(autoclip_history_extend(own.history, zeros, 12));
+        REQUIRE_OK(autoclip_history_observe_many(own.history, zeros, 12, &percentile, 1, thresholds));
+        REQUIRE_SAME(0.0, thresholds[0]);
+        REQUIRE_OK(autoclip_history_rank(own.history, -0.0, &rank));
+        REQUIRE(rank == 0, "rank of -0.0 is %" PRIu64, rank);
+        model_extend(&own.truth, zeros, 3);
+        model_extend(&own.truth, zeros, 12);
+        model_extend(&own.truth, zeros, 12);
+        subject_destroy(&own);
+    }
+}
+
+TEST_MAIN(TEST(test_not_finite_norms_are_refused_whole), TEST(test_bad_percentiles_are_refused_whole),
+          TEST(test_empty_history_has_no_percentile), TEST(test_ranks_beyond_the_size_are_refused),
+          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused), TEST(test_check_names_what_is_broken),
+          TEST(test_messages_are_sentences), TEST(test_version_is_that_of_the_header),
+          TEST(test_nothing_may_be_null_but_what_the_header_allows), TEST(test_allocator_is_copied),
+          TEST(test_negative_zero_is_stored_as_zero));

@@ -1,0 +1,86 @@
+"""The choice of the backend: by name or not at all, and never in silence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoclip_core import AutoClip, BackendError, NormHistory
+
+HERE = Path(__file__).resolve().parent
+
+WITHOUT = {
+    "native": "import sys; sys.modules['autoclip_core._kernel'] = None\n",
+    "numba": "import sys; sys.modules['numba'] = None\n",
+}
+TRY = """
+from autoclip_core import BackendError, NormHistory
+try:
+    print(NormHistory({arguments}).backend)
+except BackendError as error:
+    assert isinstance(error, ImportError)
+    print(error)
+"""
+
+
+def test_backend_in_use_is_the_one_that_the_environment_demands(backend):
+    assert backend == (os.environ.get("AUTOCLIP_BACKEND") or backend)
+    assert AutoClip().history.backend == backend
+    assert NormHistory.from_bytes(NormHistory().to_bytes()).backend == backend
+    assert NormHistory(backend=backend).backend == backend
+
+
+def test_backend_given_by_name_overrules_the_environment(backend, other_backend, run_python):
+    code = TRY.format(arguments=f"backend={other_backend!r}")
+    assert run_python(code, AUTOCLIP_BACKEND=backend) == f"{other_backend}\n"
+
+
+def test_backend_is_native_by_default_where_both_load(other_backend, run_python):
+    assert run_python(TRY.format(arguments=""), AUTOCLIP_BACKEND="") == "native\n"
+
+
+def test_backend_is_numba_where_the_kernel_is_missing(backend, other_backend, run_python):
+    assert run_python(WITHOUT["native"] + TRY.format(arguments=""), AUTOCLIP_BACKEND="") == "numba\n"
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("native", "C compiler"), ("numba", 'pip install "autoclip-core[numba]"')])
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_backend_that_is_demanded_and_missing_is_an_error_with_the_remedy(way, name, remedy, run_python):
+    arguments = f"backend={name!r}" if way == "argument" else ""
+    environment = {"AUTOCLIP_BACKEND": name if way == "environment" else ""}
+    said = run_python(WITHOUT[name] + TRY.format(arguments=arguments), **environment)
+    assert said.startswith(f"Backend {name}: ")
+    assert remedy in said
+
+
+def test_backend_error_names_both_remedies_where_nothing_loads(run_python):
+    said = run_python(WITHOUT["native"] + WITHOUT["numba"] + TRY.format(arguments=""), AUTOCLIP_BACKEND="")
+    assert said.startswith("No backend can be loaded.")
+    assert "C compiler" in said
+    assert 'pip install "autoclip-core[numba]"' in said
+
+
+def test_backend_error_is_an_import_error():
+    assert issubclass(BackendError, ImportError)
+
+
+@pytest.mark.parametrize("name", ["cuda", "Numba", " native"])
+def test_environment_that_names_no_backend_is_an_error(name, run_python):
+    code = """
+from autoclip_core import AutoClip, AutoClipValueError
+try:
+    AutoClip()
+except AutoClipValueError as error:
+    print(error)
+"""
+    assert f'"native", "numba" or None, but {name!r} was given' in run_python(code, AUTOCLIP_BACKEND=name)
+
+
+def test_court_does_not_sit_without_the_backend_that_is_demanded():
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", str(HERE)]
+    environment = os.environ | {"AUTOCLIP_BACKEND": "cuda"}
+    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "but 'cuda' was given" in done.stderr

@@ -1,0 +1,220 @@
+"""What leaves the house: the sdist, the wheels, and the C library as an embedder meets it once it is installed.
+
+Everything is built from the source tree around this file; of the package under test only the version is read.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import autoclip_core
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = (ROOT / "csrc/include/autoclip.h").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "csrc/examples"
+PACKAGES = [ROOT / "autoclip_core", ROOT / "adapters/autoclip_torch"]
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+
+
+def run(*command, cwd=ROOT, **variables):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTOCLIP_")} | variables
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise AssertionError(f"{command}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def macro(name):
+    return re.search(rf"^#define AUTOCLIP_{name} (\d+)$", HEADER, re.MULTILINE)[1]
+
+
+def version():
+    return ".".join(macro(f"VERSION_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def declared():
+    return set(re.findall(r"\b(autoclip_\w+)\(", re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)))
+
+
+def exported(library):
+    return {line.split()[-1] for line in run("nm", "-D", "--defined-only", str(library)).splitlines()}
+
+
+def dynamic(library, tag):
+    return re.findall(rf"\({tag}\).*\[(.*)\]", run("readelf", "-d", str(library)))
+
+
+def expected_output():
+    norms = [4.0, 1.0, 3.0, 2.0]
+    return "".join(f"norm {x:g} threshold {np.percentile(norms[: i + 1], 10):g}\n" for i, x in enumerate(norms))
+
+
+@pytest.fixture(scope="session")
+def need(absent):
+    def need(program):
+        if shutil.which(program) is None:
+            absent(f"{program} is not installed")
+        return program
+
+    return need
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """The C library, installed and then moved: nothing in it may remember where it was built."""
+    folder = tmp_path_factory.mktemp("library")
+    run("cmake", "-S", "csrc", "-B", str(folder / "build"), "-DCMAKE_INSTALL_LIBDIR=lib")
+    run("cmake", "--build", str(folder / "build"))
+    run("cmake", "--install", str(folder / "build"), "--prefix", str(folder / "staged"))
+    shutil.rmtree(folder / "build")
+    return (folder / "staged").rename(folder / "installed")
+
+
+@pytest.fixture
+def pkg_config(installed, need):
+    def pkg_config(*arguments):
+        folder = str(installed / "lib/pkgconfig")
+        return run(need("pkg-config"), *arguments, "autoclip", PKG_CONFIG_PATH=folder).split()
+
+    return pkg_config
+
+
+def build(folder, *arguments, **variables):
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), *arguments, str(ROOT), **variables)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel as a packager gets it: built from the sdist alone, the kernel demanded."""
+    return build(tmp_path_factory.mktemp("dist"), AUTOCLIP_REQUIRE_NATIVE="1")
+
+
+@pytest.fixture(scope="session")
+def kernel(wheel, tmp_path_factory):
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("autoclip_core/_kernel."))
+    return zipfile.ZipFile(wheel).extract(name, tmp_path_factory.mktemp("wheel"))
+
+
+def files_in(wheel):
+    """The files of the packages, without their metadata, which must hold the licence."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    metadata = {name for name in names if name.startswith(f"autoclip_core-{version()}.dist-info/")}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    return names - metadata
+
+
+def source_files():
+    return {
+        file.relative_to(package.parent).as_posix()
+        for package in PACKAGES
+        for file in package.rglob("*.*")
+        if file.parent.name != "__pycache__"
+    }
+
+
+def test_wheel_holds_the_packages_and_the_kernel(wheel, kernel):
+    assert files_in(wheel) == source_files() | {f"autoclip_core/{Path(kernel).name}"}
+    assert {"autoclip_core/py.typed", "autoclip_torch/py.typed"} <= files_in(wheel)
+
+
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="a free-threaded Python has no stable ABI"
+)
+def test_wheel_serves_every_python_from_3_11_on(wheel):
+    assert "-cp311-abi3-" in wheel.name
+
+
+def test_wheel_without_a_compiler_is_pure(tmp_path):
+    wheel = build(tmp_path, "--wheel", CC="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert files_in(wheel) == source_files()
+
+
+def test_wheel_without_a_compiler_fails_where_the_kernel_is_demanded(tmp_path):
+    with pytest.raises(AssertionError, match="The kernel of autoclip-core was not built"):
+        build(tmp_path, "--wheel", CC="no-such-compiler", AUTOCLIP_REQUIRE_NATIVE="1")
+
+
+@on_linux
+def test_extension_exports_the_whole_abi_and_nothing_else(kernel):
+    assert exported(kernel) == declared() | {"PyInit__kernel"}
+
+
+@on_linux
+def test_library_exports_the_whole_abi_and_nothing_else(installed):
+    assert exported(installed / "lib/libautoclip.so") == declared()
+
+
+@on_linux
+def test_library_has_the_abi_version_as_its_soname_and_needs_only_libc(installed):
+    library = installed / "lib/libautoclip.so"
+    assert dynamic(library, "SONAME") == [f"libautoclip.so.{macro('ABI_VERSION')}"]
+    assert {name.split(".")[0] for name in dynamic(library, "NEEDED")} <= {"libc", "libpthread"}
+
+
+def test_version_is_the_same_everywhere_and_written_once(installed, pkg_config, wheel):
+    library = ctypes.CDLL(str(installed / "lib/libautoclip.so"))
+    library.autoclip_version.restype = ctypes.c_char_p
+    assert library.autoclip_version().decode() == version()
+    assert library.autoclip_abi_version() == int(macro("ABI_VERSION"))
+    assert pkg_config("--modversion") == [version()]
+    assert wheel.name.split("-")[1] == autoclip_core.__version__ == version()
+
+    literal = re.compile(rf"(?<![\d.=]){re.escape(version())}(?![\d.])")
+    places = [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "Makefile"]
+    places += [file for folder in ("csrc", "autoclip_core", "adapters") for file in (ROOT / folder).rglob("*.*")]
+    assert [file for file in places if literal.search(file.read_text(encoding="utf-8", errors="replace"))] == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "standard"),
+    [
+        *((compiler, standard) for compiler in ("gcc", "clang") for standard in ("c99", "c11", "c17")),
+        ("g++", "c++17"),
+        ("clang++", "c++17"),
+    ],
+)
+def test_header_compiles_alone_without_a_warning(compiler, standard, need, tmp_path):
+    source = tmp_path / ("alone.cpp" if "++" in standard else "alone.c")
+    source.write_text("#include <autoclip.h>\n#include <autoclip.h>\n")
+    run(need(compiler), f"-std={standard}", "-fsyntax-only", *WARNINGS, f"-I{ROOT / 'csrc/include'}", str(source))
+
+
+@pytest.mark.parametrize("target", ["autoclip", "autoclip_static"])
+def test_embed_runs_through_the_cmake_package(target, installed, tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(f"""
+        cmake_minimum_required(VERSION 3.21)
+        project(embedder C)
+        find_package(autoclip {version()} EXACT REQUIRED)
+        add_executable(embed {EXAMPLES.as_posix()}/embed.c)
+        target_link_libraries(embed PRIVATE autoclip::{target})
+    """)
+    run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}", cwd=tmp_path)
+    run("cmake", "--build", "build", cwd=tmp_path)
+    assert run("build/embed", cwd=tmp_path) == expected_output()
+
+
+@pytest.mark.parametrize(("compiler", "source"), [("cc", "embed.c"), ("c++", "embed.cpp")])
+def test_embed_runs_through_pkg_config(compiler, source, installed, pkg_config, need, tmp_path):
+    flags = pkg_config("--cflags", "--libs")
+    run(need(compiler), *WARNINGS, str(EXAMPLES / source), *flags, "-o", "embed", cwd=tmp_path)
+    assert run("./embed", cwd=tmp_path, LD_LIBRARY_PATH=str(installed / "lib")) == expected_output()
+
+
+def test_embed_runs_from_rust(installed, need, tmp_path):
+    library = str(installed / "lib")
+    run(need("rustc"), "-D", "warnings", "-L", f"native={library}", str(EXAMPLES / "embed.rs"), cwd=tmp_path)
+    assert run("./embed", cwd=tmp_path, LD_LIBRARY_PATH=library) == expected_output()

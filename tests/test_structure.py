@@ -1,0 +1,272 @@
+"""Who may import what, and what may stand where: the house rules, read from the sources and not from good intentions.
+
+The core imports no framework, one file reads the environment, one file each touches the compiled module and numba, and
+the kernel is libc and itself. A new file has no place until it is given one in the tables below.
+"""
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autoclip_core
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ROOT / "autoclip_core"
+KERNEL = ROOT / "csrc/src"
+
+# Beside the standard library. Names in brackets may be imported inside functions only: `import autoclip_core` is cheap.
+MAY_IMPORT = {
+    "autoclip_core/__init__.py": "clip errors history",
+    "autoclip_core/_backend.py": "errors",
+    "autoclip_core/_native.py": "_kernel errors [numpy]",
+    "autoclip_core/_numba.py": "errors numba numpy",
+    "autoclip_core/clip.py": "errors history",
+    "autoclip_core/errors.py": "",
+    "autoclip_core/history.py": "_backend errors [numpy]",
+    "adapters/autoclip_torch/__init__.py": "autoclip_core autoclip_torch",
+    "adapters/autoclip_torch/clip.py": "autoclip_core torch",
+    "adapters/autoclip_torch/demo.py": "autoclip_core autoclip_torch matplotlib torch tqdm",
+}
+IMPORTS_ARE_CHOSEN_BY = {"autoclip_core/_backend.py"}
+ENVIRONMENT_IS_READ_BY = {"autoclip_core/_backend.py"}
+
+NEVER_AT_IMPORT = {"torch", "tensorflow", "jax", "numba", "matplotlib", "numpy", "tqdm"}
+
+# C11 without a stream, and what the systems offer for threads and large pages.
+KERNEL_MAY_INCLUDE = {
+    *("assert.h", "float.h", "limits.h", "math.h", "stdalign.h", "stdbool.h", "stddef.h", "stdint.h", "string.h"),
+    "autoclip.h",
+}
+KERNEL_MAY_INCLUDE_IN = {
+    "memory.h": {"stdlib.h", "sys/mman.h"},
+    "shared.c": {"stdatomic.h", "pthread.h", "windows.h"},
+}
+ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|mmap|munmap|strdup|alloca)\b")
+LOCKS = re.compile(r"\b(pthread_\w+|mtx_\w+|\w*SRW\w*|atomic_\w+|_Atomic|call_once|_Thread_local|thread_local)\b")
+
+
+def package_files():
+    files = [*CORE.rglob("*.py"), *(ROOT / "adapters").rglob("*.py")]
+    return {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8"), file) for file in files}
+
+
+FILES = package_files()
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports_of(name):
+    """Each module imported by a file, relative ones resolved, with (module, names, where): where is "module", "function"
+    or "types" (under TYPE_CHECKING)."""
+    package = Path(name).parent.relative_to("adapters" if name.startswith("adapters/") else ".").parts
+
+    def visit(node, where):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, [], where
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join([*parents, *filter(None, [node.module])]), [alias.name for alias in node.names], where
+        elif is_type_checking(node):
+            for child in node.body:
+                yield from visit(child, "types")
+            for child in node.orelse:
+                yield from visit(child, where)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, "function" if inside else where)
+
+    return list(visit(FILES[name], "module"))
+
+
+def rooms_of(file, module, names):
+    """What the table calls that which is imported: a module of the core itself by its name, all else by its package."""
+    package, _, part = module.partition(".")
+    if package == "autoclip_core" and file.startswith("autoclip_core/"):
+        return [part] if part else names
+    return [package]
+
+
+def calls_of(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func).rsplit(".", 1)[-1], node
+
+
+def test_every_file_of_the_package_has_its_place_in_the_table():
+    assert set(FILES) == set(MAY_IMPORT)
+
+
+@every_file
+def test_file_imports_only_what_it_may(name):
+    words = MAY_IMPORT[name].split()
+    for module, names, where in imports_of(name):
+        for room in rooms_of(name, module, names):
+            if room in sys.stdlib_module_names or (room == "numpy" and where == "types"):
+                continue
+            assert room in words or (f"[{room}]" in words and where == "function"), f"{room} in a {where}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("adapters/")])
+def test_adapter_uses_public_names_of_the_core_only(name):
+    public = {*autoclip_core.__all__, "__version__"}
+    for module, names, _ in imports_of(name):
+        assert not module.startswith("autoclip_core."), f"{name} imports {module}"
+        if module == "autoclip_core":
+            assert set(names) <= public
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "autoclip_core":
+            assert node.attr in public, f"{name} uses autoclip_core.{node.attr}"
+
+
+@every_file
+def test_modules_are_imported_by_name_where_the_backend_is_chosen_only(name):
+    called = {function for function, _ in calls_of(FILES[name])} & {"import_module", "__import__", "exec", "eval"}
+    assert not called or (name in IMPORTS_ARE_CHOSEN_BY and called == {"import_module"})
+
+
+@every_file
+def test_environment_is_read_in_one_file_only(name):
+    readers = {"environ", "environb", "getenv", "getenvb", "putenv"}
+    named = {node.attr for node in ast.walk(FILES[name]) if isinstance(node, ast.Attribute)}
+    named |= {alias for module, names, _ in imports_of(name) if module == "os" for alias in names}
+    assert not named & readers or name in ENVIRONMENT_IS_READ_BY
+
+
+def test_numba_code_keeps_ieee_arithmetic_and_machine_types():
+    if "autoclip_core/_numba.py" not in FILES:
+        pytest.skip("there is no autoclip_core/_numba.py")
+    tree = FILES["autoclip_core/_numba.py"]
+    words = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words |= {alias for _, names, _ in imports_of("autoclip_core/_numba.py") for alias in names}
+    assert not words & {"fastmath", "forceobj", "objmode", "nopython", "looplift", "jit", "generated_jit", "error_model"}
+
+
+def test_import_of_the_core_loads_no_framework_and_no_numpy(run_python):
+    # Only the names below: what .pth files of the environment load is not ours.
+    code = "import sys; before = set(sys.modules); import autoclip_core; print(*set(sys.modules) - before)"
+    loaded = {module.split(".")[0] for module in run_python(code).split()}
+    assert "autoclip_core" in loaded
+    assert not loaded & NEVER_AT_IMPORT
+
+
+def test_native_run_of_autoclip_loads_no_numpy(run_python):
+    try:
+        autoclip_core.NormHistory(backend="native")
+    except autoclip_core.BackendError as error:
+        pytest.skip(str(error))
+    code = """
+import sys
+from autoclip_core import AutoClip
+clip = AutoClip()
+for i in range(1000):
+    clip.observe(1.0 + i % 7)
+clip.load_state_dict(clip.state_dict())
+print(clip.threshold, *sys.modules)
+"""
+    assert not set(run_python(code, AUTOCLIP_BACKEND="native").split()) & NEVER_AT_IMPORT
+
+
+def test_public_names_are_those_that_the_package_lists():
+    listed = autoclip_core.__all__
+    assert list(listed) == sorted(set(listed))
+    found = {name for name, value in vars(autoclip_core).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert found == set(listed)
+    assert all(getattr(autoclip_core, name).__module__.startswith("autoclip_core.") for name in listed)
+
+
+def public_definitions(tree, prefix=""):
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            setter = any(".setter" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if not setter:
+                yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node, f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not Path(name).name.startswith(("_native", "_numba", "_backend"))])
+def test_public_names_have_docstrings(name):
+    assert ast.get_docstring(FILES[name]), f"{name} does not say what it is"
+    for definition, node in public_definitions(FILES[name]):
+        assert ast.get_docstring(node), f"{definition} of {name} does not say what it is"
+
+
+def test_every_public_name_has_a_docstring_of_its_own():
+    for name in autoclip_core.__all__:
+        subject = getattr(autoclip_core, name)
+        assert vars(subject).get("__doc__"), name
+        for attribute, value in vars(subject).items():
+            documented = callable(value) or isinstance(value, property | classmethod | staticmethod)
+            if documented and not attribute.startswith("_") and attribute not in getattr(subject, "_fields", ()):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def kernel_files():
+    return {file.name: strip_comments(file.read_text(encoding="utf-8")) for file in KERNEL.glob("*.[ch]")}
+
+
+def strip_comments(source):
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", source, flags=re.DOTALL)
+    return re.sub(r'(?<!#include )"(\\.|[^"\\\n])*"', '""', text)
+
+
+KERNEL_FILES = kernel_files()
+every_kernel_file = pytest.mark.parametrize("name", KERNEL_FILES)
+
+
+@every_kernel_file
+def test_kernel_includes_libc_and_its_own_headers_only(name):
+    includes = set(re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', KERNEL_FILES[name], re.MULTILINE))
+    assert len(includes) == len(re.findall(r"#\s*include\b", KERNEL_FILES[name]))
+    own = {header for header in KERNEL_FILES if header.endswith(".h")}
+    assert includes <= KERNEL_MAY_INCLUDE | KERNEL_MAY_INCLUDE_IN.get(name, set()) | own
+
+
+@every_kernel_file
+def test_kernel_allocates_in_one_file_only(name):
+    assert name == "memory.h" or ALLOCATES.findall(KERNEL_FILES[name]) == []
+
+
+@every_kernel_file
+def test_kernel_locks_in_one_file_only(name):
+    assert name == "shared.c" or LOCKS.findall(KERNEL_FILES[name]) == []
+
+
+def test_kernel_rules_find_what_they_forbid():
+    # The files above are clean; this shows that the patterns would tell.
+    assert ALLOCATES.findall("x = malloc(8); free (x); tree->free_nodes = memory_allocate(m, 8);") == ["malloc", "free"]
+    assert LOCKS.findall("static pthread_mutex_t m; _Atomic int i;") == ["pthread_mutex_t", "_Atomic"]
+    assert strip_comments('a /* malloc */ b // free\n#include "x.h"\nc("free")').split() == ["a", "b", "#include", '"x.h"', 'c("")']
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads symbols with nm")
+def test_kernel_has_globals_in_one_file_only(tmp_path, absent):
+    # The compiler knows a global when it makes one, however it is written: data and bss, static or not.
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or shutil.which("nm") is None:
+        absent("needs a C compiler and nm")
+    sources = sorted(KERNEL.glob("*.c"))
+    # Not position-independent, so that constant tables of pointers are constant for the linker as well.
+    flags = ["-std=c11", "-O0", "-fno-pic", "-D_DEFAULT_SOURCE", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([compiler, *flags, "-c", *map(str, sources)], cwd=tmp_path, check=True)
+    owners = set()
+    for source in sources:
+        command = ["nm", "--defined-only", f"{source.stem}.o"]
+        symbols = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        if re.search(r"^[0-9a-f]+ [bBdDcCsSgG] ", symbols, re.MULTILINE):
+            owners.add(source.name)
+    assert owners == {"shared.c"}
