@@ -105,7 +105,9 @@ class History:
         return self._owning(cell[0])
 
     def push(self, norm: float) -> None:
-        _expect_ok(lib.autoclip_shared_push(self._id, norm), norm=norm)
+        status = lib.autoclip_shared_push(self._id, norm)
+        if status != _OK:
+            raise _error(status, norm=norm)
 
     def extend(self, norms: NDArray[np.float64]) -> None:
         status = lib.autoclip_shared_extend(self._id, ffi.from_buffer("double[]", norms), len(norms))
@@ -140,7 +142,8 @@ class History:
         status = lib.autoclip_shared_percentile(self._id, percentile, cell)
         threshold: float = cell[0]
         _cells.append(cell)
-        _expect_ok(status, percentile=percentile)
+        if status != _OK:
+            raise _error(status, percentile=percentile)
         return threshold
 
     def select(self, rank: int) -> float:

@@ -212,18 +212,19 @@ def make_room(facts: Ints, links: Ints, parent: int, at: int, level: int, on_rig
         balance(links, parent, at, level)
         return
     insert_child(links, parent, at + 1, take_row(facts, links))
-    if on_right_edge and not has_right:  # ascending keys: leave the full node as it is
-        slide(links, parent, at, level, 1)
-    elif has_right:  # two become three
-        third = (capacity + child_size(links, parent, at + 2, level)) // 3
-        slide(links, parent, at, level, capacity - third)
-        balance(links, parent, at + 1, level)
+    neighbour = at + 2 if has_right else at - 1
+    share = capacity // 2
+    if on_right_edge and not has_right:
+        share = 1  # ascending keys: leave the full node as it is
+    elif has_right:
+        share = capacity - (capacity + child_size(links, parent, neighbour, level)) // 3
     elif has_left:
-        third = (capacity + child_size(links, parent, at - 1, level)) // 3
-        slide(links, parent, at, level, third)
+        share = (capacity + child_size(links, parent, neighbour, level)) // 3
+    slide(links, parent, at, level, share)
+    if has_right:
+        balance(links, parent, at + 1, level)
+    elif has_left and not on_right_edge:
         balance(links, parent, at - 1, level)
-    else:
-        balance(links, parent, at, level)
 
 
 @_compiled
@@ -244,7 +245,7 @@ def tree_insert(facts: Ints, keys: Floats, links: Ints, key: float) -> None:
         level += 1
         facts[HEIGHT] = level
     facts[SIZE] = size + 1
-    on_right_edge = True
+    on_right_edge = level == facts[HEIGHT]  # the root is
     while level > 0:
         level -= 1
         at = max(upper_bound(keys, node, links[node, ENTRIES], key) - 1, 0)
@@ -396,13 +397,24 @@ def tree_build(facts: Ints, keys: Floats, norms: Floats) -> None:
 
 
 @_compiled
+def rows_left(facts: Ints, keys: Floats) -> int:
+    left: int = facts[FREE_COUNT] + len(keys) - facts[FRESH]
+    return left
+
+
+@_compiled
+def rows_needed(facts: Ints) -> int:
+    """How many rows one more norm may take: one for a split on each level, and one for a new root."""
+    size = facts[SIZE] if facts[SIZE] == facts[WINDOW] else facts[SIZE] + 1
+    needed: int = facts[HEIGHT] + 2 if size > LEAF else int(facts[SIZE] == 0)
+    return needed
+
+
+@_compiled
 def has_room(facts: Ints, keys: Floats, ring: Floats) -> bool:
-    """Whether one more norm can be remembered: a split on each level, and a place in the ring."""
-    size = facts[SIZE]
-    is_full = size > 0 and size == facts[WINDOW]
-    needed = facts[HEIGHT] + 2 if size + (not is_full) > LEAF else int(size == 0)
-    has_rows = facts[FREE_COUNT] + len(keys) - facts[FRESH] >= needed
-    return has_rows and (is_full or facts[WINDOW] == 0 or size < len(ring))
+    """Whether one more norm can be remembered."""
+    has_place = facts[WINDOW] == 0 or facts[SIZE] == facts[WINDOW] or facts[SIZE] < len(ring)
+    return has_place and rows_left(facts, keys) >= rows_needed(facts)
 
 
 @_compiled
@@ -491,13 +503,13 @@ PRIME_5 = np.uint64(0x27D4EB2F165667C5)
 
 
 @_compiled
-def rotate(word: np.uint64, bits: int) -> np.uint64:
-    return (word << np.uint64(bits)) | (word >> np.uint64(64 - bits))
+def rotate(word: np.uint64, bits: np.uint64) -> np.uint64:
+    return (word << bits) | (word >> (np.uint64(64) - bits))
 
 
 @_compiled
 def mix(lane: np.uint64, word: np.uint64) -> np.uint64:
-    return rotate(lane + word * PRIME_2, 31) * PRIME_1
+    return rotate(lane + word * PRIME_2, np.uint64(31)) * PRIME_1
 
 
 @_compiled
@@ -513,12 +525,12 @@ def checksum(words: Words) -> np.uint64:
             c = mix(c, words[at + 2])
             d = mix(d, words[at + 3])
             at += 4
-        code = rotate(a, 1) + rotate(b, 7) + rotate(c, 12) + rotate(d, 18)
+        code = rotate(a, np.uint64(1)) + rotate(b, np.uint64(7)) + rotate(c, np.uint64(12)) + rotate(d, np.uint64(18))
         for lane in (a, b, c, d):
             code = (code ^ mix(zero, lane)) * PRIME_1 + PRIME_4
     code += np.uint64(8 * len(words))
     for i in range(at, len(words)):
-        code = rotate(code ^ mix(zero, words[i]), 27) * PRIME_1 + PRIME_4
+        code = rotate(code ^ mix(zero, words[i]), np.uint64(27)) * PRIME_1 + PRIME_4
     code = (code ^ (code >> np.uint64(33))) * PRIME_2
     code = (code ^ (code >> np.uint64(29))) * PRIME_3
     return code ^ (code >> np.uint64(32))
@@ -530,7 +542,7 @@ _VERSION_1_0 = 64 << 32 | 0 << 16 | 1  # header length, minor, major
 _HEADER = 8  # words
 _HAS_WINDOW = 1
 
-_SHARE = 8  # the pool grows by one part in so many
+_SHARE = 8  # the pool grows by one row for so many
 
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
@@ -573,38 +585,44 @@ class History:
         self._state = facts, pool, ring
 
     def _reserve(self, more: int) -> None:
-        """Let the arrays grow until `more` norms can be remembered, whatever they are."""
+        """Let the ring grow for `more` norms, and the pool, which grows by shares, for at least one."""
         facts, pool, ring = self._state
-        size, height, used = int(facts[SIZE]) + more, int(facts[HEIGHT]), int(facts[FRESH] - facts[FREE_COUNT])
         if self._window is not None:
-            size = min(size, self._window)
+            size = min(len(self) + more, self._window)
             if size > len(ring):
                 grown = np.empty(min(max(size, 2 * len(ring), 8), self._window))
                 grown[: len(ring)] = ring
-                ring = grown
-        # Each norm may split a node on every level; and no tree of this size has more nodes than if all had the least.
-        most = min(more * (height + 3), _rows(size, LEAST_LEAF, LEAST_INNER) - used + size.bit_length() + 2)
-        lacking = (used + most if size > LEAF else used or 1) - len(pool)
+                self._state = facts, pool, grown
+        lacking = rows_needed(facts) - rows_left(facts, pool)
         if lacking > 0:
-            pool = self._resized(pool, len(pool) + max(lacking, len(pool) // _SHARE))
-        self._state = facts, pool, ring
+            self._move_to(np.empty((len(pool) + max(lacking, len(pool) // _SHARE), ROW)))
 
-    def _resized(self, pool: Floats, rows: int) -> Floats:
-        resized = np.empty((rows, ROW))
-        used = self._state[0][FRESH]
-        resized[:used] = pool[:used]
-        return resized
+    def _move_to(self, grown: Floats) -> None:
+        facts, pool, ring = self._state
+        grown[: facts[FRESH]] = pool[: facts[FRESH]]
+        self._state = facts, grown, ring
+
+    def _pool_for(self, more: int) -> Floats:
+        """A pool that is large enough for `more` norms, whatever they are. Memory is promised, and not yet touched."""
+        facts, pool, _ = self._state
+        size = min(len(self) + more, self._window or 2**63)
+        # Each norm may split a node on every level; but no tree has more nodes than if all of them held the least.
+        most = _rows(size, LEAST_LEAF, LEAST_INNER) + size.bit_length() + 2
+        left = rows_left(facts, pool)
+        needed = min(more * int(facts[HEIGHT] + 3), most - (len(pool) - left))
+        return np.empty((len(pool) + max(needed - left, 0), ROW))
 
     def _remember(self, norms: Floats, percentiles: Floats, thresholds: Floats) -> None:
-        done = 0
+        """Remember all the norms or, if memory runs short, none: whatever may happen later has been promised before."""
+        self._reserve(len(norms))
+        promised = self._pool_for(len(norms))
+        done = history_observe_many(*self._state, norms, percentiles, thresholds, 0)
         while done < len(norms):
-            self._reserve(len(norms) - done)
+            try:
+                self._reserve(1)
+            except MemoryError:
+                self._move_to(promised)
             done = history_observe_many(*self._state, norms, percentiles, thresholds, done)
-        facts, pool, ring = self._state
-        used = int(facts[FRESH])
-        spare = used // _SHARE + 8
-        if len(pool) > used + 2 * spare:  # the reservation was for the worst
-            self._state = facts, self._resized(pool, used + spare), ring
 
     def push(self, norm: float) -> None:
         self.observe(norm, 0.0)
@@ -730,9 +748,10 @@ class History:
         words = np.frombuffer(snapshot, "<u8", offset=8 * _HEADER).astype(np.uint64)
         if words[-1] != checksum(words[:-1]):
             refuse()
-        norms = words[:-1].view(np.float64) + 0.0
+        norms = words[:-1].view(np.float64)
         if not np.isfinite(norms).all() or not (window or (norms[:-1] <= norms[1:]).all()):
             refuse()
+        norms = norms + 0.0
         history = cls(window or None)
         history._build(np.sort(norms) if window else norms, norms if window else np.empty(0))
         return history

@@ -112,6 +112,7 @@ class NormHistory:
 
     __slots__ = ("__weakref__", "_backend", "_observe")
 
+    # A plain float goes to the backend unchecked, which refuses a bad one: checks here would cost more than the call.
     _backend: Backend
 
     def __init__(self, window: int | None = None, backend: str | None = None) -> None:
@@ -135,7 +136,7 @@ class NormHistory:
         Raises:
             AutoClipTypeError, AutoClipValueError: the norm is not a finite real number.
         """
-        self._backend.push(_as_norm(norm))
+        self._backend.push(norm if norm.__class__ is float else _as_norm(norm))
 
     def extend(self, norms: ArrayLike | Iterable[float]) -> None:
         """Remember norms, shape (n,), in the order in which they came: all of them or, on failure, none.
@@ -187,7 +188,7 @@ class NormHistory:
             AutoClipTypeError, AutoClipValueError: the percentile is not a real number from 0 to 100.
             EmptyHistoryError: there is no norm yet.
         """
-        return self._backend.percentile(as_percentile(percentile))
+        return self._backend.percentile(percentile if percentile.__class__ is float else as_percentile(percentile))
 
     def select(self, rank: int) -> float:
         """Return the norm with `rank` norms before it in ascending order: the inverse of `rank`. O(log n).

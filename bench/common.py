@@ -42,7 +42,7 @@ def parser(docstring: str | None, rounds: int) -> argparse.ArgumentParser:
     """The arguments of every report."""
     made = argparse.ArgumentParser(description=(docstring or "").partition("\n")[0])
     made.add_argument("--quick", action="store_true", help="tiny sizes, and the results in a temporary folder")
-    made.add_argument("--rounds", type=int, default=None, help=f"rounds per measurement (default {rounds}, quick 2)")
+    made.add_argument("--rounds", type=int, default=None, help=f"rounds per measurement (default {rounds}, quick 3)")
     made.add_argument("--output", type=Path, default=None, help="folder of the results (default bench/results)")
     made.set_defaults(usual_rounds=rounds)
     return made
@@ -51,7 +51,7 @@ def parser(docstring: str | None, rounds: int) -> argparse.ArgumentParser:
 def parse(arguments: argparse.ArgumentParser) -> Options:
     """The options, with the defaults that depend on each other filled in."""
     options = arguments.parse_args(namespace=Options())
-    options.rounds = options.rounds or (2 if options.quick else options.usual_rounds)
+    options.rounds = options.rounds or (3 if options.quick else options.usual_rounds)
     if options.output is None:
         options.output = Path(tempfile.mkdtemp(prefix="autoclip-bench-")) if options.quick else RESULTS
     options.output.mkdir(parents=True, exist_ok=True)

@@ -298,7 +298,9 @@ def report(measured: Measurements, facts: dict[str, str], sizes: Sizes, *, round
 
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
-    arguments.add_argument("--large", action="store_true", help="growth to 10^8 norms too: minutes, and 4 GB of memory")
+    arguments.add_argument(
+        "--large", action="store_true", help="growth to 10^8 norms too: ten minutes, and 6 GB of memory"
+    )
     arguments.add_argument(
         "--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="these experiments; a dash for the others"
     )

@@ -22,7 +22,8 @@ from autoclip_core import AutoClipError, BackendError, NormHistory
 DEMANDED = os.environ.get("AUTOCLIP_BACKEND") or None
 DEMAND_ALL = bool(os.environ.get("AUTOCLIP_DEMAND_ALL"))
 
-# No deadlines: the first call of a backend may compile it. "ci" repeats itself exactly, "dev" looks elsewhere each time.
+# No deadlines: the first call of a backend may compile it. "ci" repeats itself exactly, "dev" looks elsewhere each
+# time.
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True, print_blob=True)
 settings.load_profile("ci" if DEMAND_ALL or os.environ.get("CI") else "dev")

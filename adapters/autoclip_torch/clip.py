@@ -182,7 +182,7 @@ class AutoClip:
         """Clip gradients that are `grad_scale` times too large (None: 1)."""
         with torch.no_grad():
             groups = _gradients(self._parameters())
-            norm = _total_norm(groups)
+            norm = _total_norm(groups) if groups else torch.zeros(())
             if grad_scale is not None:
                 norm = norm / grad_scale.to(norm.device)
             step = self._core.observe(norm.item())
@@ -332,12 +332,13 @@ def _gradients(params: list[Tensor]) -> list[list[Tensor]]:
 
 def _total_norm(groups: list[list[Tensor]]) -> Tensor:
     """Return the L2 norm over all gradients, in float32 or wider."""
-    norms = [
-        norm
+    norms: list[Tensor] = [
+        torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32)))
+        )
         for grads in groups
-        for norm in torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32))
     ]
-    if not norms:
-        return torch.zeros(())
+    if len(norms) == 1:
+        return norms[0]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return total

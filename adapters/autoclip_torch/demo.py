@@ -5,8 +5,8 @@ and without clipping, each with the loss multiplied by 1e-4, 1 and 1e4. The opti
 that it does not care about the scale of the gradients, so the unit of the loss is all that differs within an arm.
 
 What may not change, or the comparison is no longer fair: all nine runs share the initial weights, the batches and the
-learning rate. That rate was chosen on the arm without clipping: from about twice of it on, rounding alone makes runs of
-different scales drift apart, and the rows would no longer show what clipping does.
+learning rate with its decay. The rate is not the best for any arm: from about twice of it on, rounding alone makes runs
+of different scales drift apart (the arm without clipping shows how far), and the rows would tell less about clipping.
 
 Run it with `python -m autoclip_torch.demo`. Needs the extra: pip install "autoclip-core[demo]".
 """
@@ -18,6 +18,7 @@ import csv
 import math
 import statistics
 import sysconfig
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -250,28 +251,30 @@ def tabulate(runs: Sequence[Run]) -> list[list[str]]:
     return [header, *rows]
 
 
-def interpret(runs: Sequence[Run]) -> str:
-    """Return what the figures say, whatever they are."""
-    lines, spreads = [], []
+def interpret(runs: Sequence[Run]) -> list[str]:
+    """Return what the figures say, whatever they are, in sentences."""
+    sentences, spreads = [], []
     for arm in ARMS:
         rows = [run for run in runs if run.arm == arm]
         losses = [run.loss for run in rows]
         spreads.append(max(losses) - min(losses))
         shares = " / ".join(f"{run.clipped_share:.1%}" for run in rows)
-        lines.append(f"{arm}: {shares} of the steps clipped, validation from {min(losses):.3f} to {max(losses):.3f}.")
+        sentences.append(
+            f"{arm}: {shares} of the steps clipped, validation from {min(losses):.3f} to {max(losses):.3f}."
+        )
     auto, fixed, never = spreads
-    lines.append(
+    sentences.append(
         f"Across loss scales AutoClip's rows are {auto:.3f} bits apart, those of the fixed threshold {fixed:.3f}, and "
         f"those without clipping {never:.3f}, which is what rounding alone does."
     )
-    lines.append(
+    sentences.append(
         "So one setting of AutoClip serves all three scales; the fixed threshold is another setting at each."
         if 2 * auto < fixed
         else "So this run does not tell the two apart."
     )
     best = min(runs, key=lambda run: run.loss)
-    lines.append(f"The lowest row of this run: {best.arm} at loss scale {best.loss_scale}.")
-    return "\n".join(lines)
+    sentences.append(f"The lowest row of this run: {best.arm} at loss scale {best.loss_scale}.")
+    return sentences
 
 
 def smooth(values: Sequence[float], width: int = 25) -> list[float]:
@@ -366,10 +369,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Training {runs_wanted} times {options.steps} steps; bits per character on unseen text:")
     with tqdm(total=runs_wanted * options.steps, unit=" steps", ncols=100, mininterval=0.5) as progress:
         runs = train_all(data, options.steps, progress)
+    rows = tabulate(runs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
-    for row in tabulate(runs):
-        print("".join(f"{cell:<19}" if column == 0 else f"{cell:>22}" for column, cell in enumerate(row)))
-    print(f"\n{interpret(runs)}\n\n{time.perf_counter() - begin:.0f} seconds. Figure, its data and the table:")
+    for first, *others in rows:
+        print(
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)),
+            sep="  ",
+        )
+    print()
+    for sentence in interpret(runs):
+        print(textwrap.fill(sentence, 100))
+    print(f"\n{time.perf_counter() - begin:.0f} seconds. Figure, its data and the table:")
     for path in save(runs, Figure(figsize=(13, 7.5), layout="constrained"), options.out):
         print(f"  {path}")
 

@@ -4,9 +4,9 @@
 
 #include "history.h"
 
-#define MUST(condition, sentence)                  \
-    do {                                           \
-        if (!(condition)) return "broken: " sentence; \
+#define MUST(condition, sentence)                                                                                      \
+    do {                                                                                                               \
+        if (!(condition)) return "broken: " sentence;                                                                  \
     } while (0)
 
 /* A mark of a multiset that does not depend on the order of its members. */
@@ -46,7 +46,9 @@ static const char *check_node(const ostree_node *node, unsigned level, uint64_t 
     }
     const ostree_inner *inner = &node->inner;
     MUST(inner->size <= OSTREE_FANOUT, "no inner node has more entries than fit");
-    MUST(inner->size >= (is_root ? 2 : right_edge ? 1 : OSTREE_FANOUT / 2),
+    MUST(inner->size >= (is_root      ? 2
+                         : right_edge ? 1
+                                      : OSTREE_FANOUT / 2),
          "every inner node but the last of its level is at least half full, and the root has two entries");
     uint64_t sum = 0;
     for (size_t i = 0; i < inner->size; ++i) {

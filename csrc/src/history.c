@@ -42,7 +42,7 @@ uint64_t autoclip_history_memory(const autoclip_history *history) { return histo
 
 static double least_of_tree(history_iterator *iterator) {
     if (iterator->rank - iterator->leaf.first >= iterator->leaf.size) {
-        iterator->leaf = ostree_locate(iterator->tree, iterator->rank);
+        iterator->leaf = ostree_locate(iterator->tree, NULL, 0, iterator->rank);
     }
     return iterator->leaf.keys[iterator->rank - iterator->leaf.first];
 }
@@ -436,7 +436,7 @@ static bool in_leaf(const autoclip_history *history, uint64_t rank) {
 }
 
 static double tree_key(autoclip_history *history, uint64_t rank) {
-    if (!in_leaf(history, rank)) history->leaf = ostree_locate(&history->tree, rank);
+    if (!in_leaf(history, rank)) history->leaf = ostree_locate(&history->tree, NULL, 0, rank);
     return history->leaf.keys[rank - history->leaf.first];
 }
 
@@ -449,18 +449,21 @@ static bool enough_buffered(autoclip_history *history, uint64_t rank, size_t buf
            tree_key(history, from_tree - 1) <= history->buffer[buffered];
 }
 
-/* Find how many norms of the buffer stand among the first `rank` of the union: gallop away from where the last query
- * ended, then halve. */
+/* Find how many norms of the buffer stand among the first `rank` of the union. Where the last query ended is near, as a
+ * rule: gallop away from there. Otherwise one descent finds the leaf. Then halve. */
 static size_t find_buffered_before(autoclip_history *history, uint64_t rank) {
     size_t low = rank > history->tree.size ? (size_t)(rank - history->tree.size) : 0; /* every answer is low ... */
     size_t high = rank < history->buffered ? (size_t)rank : history->buffered;        /* ... to high */
-    size_t near = clamp(history->buffered_before, low, high);
-    if (rank > near && !in_leaf(history, rank - near - 1)) {
-        /* A far jump, or the edge of a leaf: the norm found there tells better where to begin. */
-        const double landed = tree_key(history, rank - near - 1);
-        near = clamp(upper_bound(history->buffer, history->buffered, landed), low, high);
-    }
-    if (enough_buffered(history, rank, near)) {
+    const size_t near = clamp(history->buffered_before, low, high);
+    if (low == high) {
+        /* all from one of the two, or nothing buffered */
+    } else if (!in_leaf(history, rank - near - 1)) {
+        history->leaf = ostree_locate(&history->tree, history->buffer, history->buffered, rank);
+        const uint64_t first = history->leaf.first;
+        const uint64_t end = first + history->leaf.size;
+        if (rank - first < high) high = (size_t)(rank - first);
+        if (rank > end && rank - end > low) low = (size_t)(rank - end);
+    } else if (enough_buffered(history, rank, near)) {
         high = near;
         for (size_t step = 1; low + step <= high; step *= 2) {
             if (!enough_buffered(history, rank, high - step)) {
@@ -530,8 +533,7 @@ autoclip_status autoclip_history_percentile(autoclip_history *history, double pe
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_observe(autoclip_history *history, double norm, double percentile,
-                                         double *threshold) {
+autoclip_status autoclip_history_observe(autoclip_history *history, double norm, double percentile, double *threshold) {
     if (!is_percentile(percentile)) return AUTOCLIP_BAD_PERCENTILE;
     const autoclip_status status = autoclip_history_push(history, norm);
     if (status == AUTOCLIP_OK) *threshold = percentile_of(history, percentile);
@@ -539,8 +541,7 @@ autoclip_status autoclip_history_observe(autoclip_history *history, double norm,
 }
 
 autoclip_status autoclip_history_observe_many(autoclip_history *history, const double *norms, size_t count,
-                                              const double *percentiles, size_t percentile_count,
-                                              double *thresholds) {
+                                              const double *percentiles, size_t percentile_count, double *thresholds) {
     for (size_t i = 0; i < percentile_count; ++i) {
         if (!is_percentile(percentiles[i])) return AUTOCLIP_BAD_PERCENTILE;
     }

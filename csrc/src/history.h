@@ -42,9 +42,7 @@ typedef struct history_iterator {
     ostree_span leaf;
 } history_iterator;
 
-static inline uint64_t history_size(const autoclip_history *history) {
-    return history->tree.size + history->buffered;
-}
+static inline uint64_t history_size(const autoclip_history *history) { return history->tree.size + history->buffered; }
 
 /* The norm of this age, 0 being the oldest. Only with a window. */
 static inline double history_by_age(const autoclip_history *history, uint64_t age) {

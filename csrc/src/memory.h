@@ -14,6 +14,8 @@
 
 #include "autoclip.h"
 
+#define MEMORY_HUGE_PAGE ((size_t)2 << 20)
+
 struct memory {
     autoclip_allocator allocator;
     uint64_t bytes;
@@ -35,10 +37,9 @@ static inline void memory_release(struct memory *memory, void *block, size_t siz
 static inline void *memory_default_allocate(void *context, size_t size) {
     (void)context;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const size_t huge_page = (size_t)2 << 20;
-    if (size >= huge_page) {
+    if (size >= MEMORY_HUGE_PAGE) {
         void *block = NULL;
-        if (posix_memalign(&block, huge_page, size) != 0) return NULL;
+        if (posix_memalign(&block, MEMORY_HUGE_PAGE, size) != 0) return NULL;
         (void)madvise(block, size, MADV_HUGEPAGE); /* advice only: without it the block serves as well */
         return block;
     }

@@ -55,13 +55,13 @@ typedef struct ostree {
     struct memory *memory;
     ostree_node *root; /* NULL while the tree is empty */
     uint64_t size;
-    unsigned height;           /* inner levels above the leaves */
-    ostree_chunk *chunks;      /* newest first */
-    ostree_node *free_nodes;   /* given back, linked by next_free */
+    unsigned height;         /* inner levels above the leaves */
+    ostree_chunk *chunks;    /* newest first */
+    ostree_node *free_nodes; /* given back, linked by next_free */
     uint64_t free_count;
-    ostree_node *fresh_nodes;  /* the unused end of the newest chunk */
+    ostree_node *fresh_nodes; /* the unused end of the newest chunk */
     uint64_t fresh_count;
-    uint64_t slots;            /* nodes in all chunks: in use, free and fresh */
+    uint64_t slots; /* nodes in all chunks: in use, free and fresh */
 } ostree;
 
 /* A run of neighbouring keys in memory: keys[0] has rank `first`. Valid until the tree changes. */
@@ -121,7 +121,9 @@ void ostree_prefetch(const ostree *tree, double key);
 /* The number of keys below `key`. O(log n). */
 uint64_t ostree_rank(const ostree *tree, double key);
 
-/* The leaf that holds the key of this rank, which must be below the tree's size. O(log n). */
-ostree_span ostree_locate(const ostree *tree, uint64_t rank);
+/* In the union of the tree, which must not be empty, and a sorted array of others: the last leaf whose first key has at
+ * most this rank. Without others that is the leaf that holds the key of this rank. Of equal norms those of the tree come
+ * first. O(log n). */
+ostree_span ostree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank);
 
 #endif

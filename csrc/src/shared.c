@@ -190,15 +190,15 @@ autoclip_status autoclip_shared_merge(uint64_t id, uint64_t other) {
 }
 
 /* Every other door is the same: lock, call, unlock. */
-#define DOOR(name, parameters, call)                          \
-    autoclip_status autoclip_shared_##name parameters {       \
-        struct place *place = acquire(id);                           \
-        if (place == NULL) return AUTOCLIP_NO_HISTORY;        \
-        autoclip_history *history = place->history;           \
-        autoclip_status status = AUTOCLIP_OK;                 \
-        call;                                                 \
-        lock_release(&place->lock);                           \
-        return status;                                        \
+#define DOOR(name, parameters, call)                                                                                   \
+    autoclip_status autoclip_shared_##name parameters {                                                                \
+        struct place *place = acquire(id);                                                                             \
+        if (place == NULL) return AUTOCLIP_NO_HISTORY;                                                                 \
+        autoclip_history *history = place->history;                                                                    \
+        autoclip_status status = AUTOCLIP_OK;                                                                          \
+        call;                                                                                                          \
+        lock_release(&place->lock);                                                                                    \
+        return status;                                                                                                 \
     }
 
 DOOR(clear, (uint64_t id), autoclip_history_clear(history))

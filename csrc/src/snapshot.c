@@ -7,8 +7,16 @@
 enum { HEADER = 64, CHECKSUM = 8, NORM = 8, MAJOR = 1, MINOR = 0, HAS_WINDOW = 1 };
 
 /* Where the fields of the header begin. */
-enum { AT_MAJOR = 8, AT_MINOR = 10, AT_LENGTH = 12, AT_FLAGS = 16, AT_COUNT = 24, AT_WINDOW = 32, AT_ZERO = 40,
-       AT_CHECKSUM = 56 };
+enum {
+    AT_MAJOR = 8,
+    AT_MINOR = 10,
+    AT_LENGTH = 12,
+    AT_FLAGS = 16,
+    AT_COUNT = 24,
+    AT_WINDOW = 32,
+    AT_ZERO = 40,
+    AT_CHECKSUM = 56
+};
 
 static const uint8_t magic[AT_MAJOR] = {0x89, 'A', 'C', 'H', '\r', '\n', 0x1A, '\n'};
 

@@ -11,18 +11,19 @@ uint32_t autoclip_abi_version(void) { return AUTOCLIP_ABI_VERSION; }
 
 const char *autoclip_status_message(autoclip_status status) {
     switch (status) {
-        case AUTOCLIP_OK: return "The call succeeded.";
-        case AUTOCLIP_NO_MEMORY: return "There is not enough memory; nothing was changed.";
-        case AUTOCLIP_NOT_FINITE: return "A norm is NaN or infinite; a history holds finite norms only.";
-        case AUTOCLIP_BAD_PERCENTILE: return "A percentile must be a number from 0 to 100.";
-        case AUTOCLIP_EMPTY: return "An empty history has no percentile; remember a norm first.";
-        case AUTOCLIP_BAD_RANK: return "A rank must be below the number of norms in the history.";
-        case AUTOCLIP_HAS_WINDOW: return "A history with a window cannot take in another; merge into one without.";
-        case AUTOCLIP_TOO_SMALL: return "The array given for the result is too small.";
-        case AUTOCLIP_BAD_SNAPSHOT: return "These bytes are not a snapshot of a history, or were damaged.";
-        case AUTOCLIP_NEW_SNAPSHOT: return "The snapshot was made by a later release; install that release to read it.";
-        case AUTOCLIP_NO_HISTORY: return "There is no history with this id, or it was destroyed.";
-        case AUTOCLIP_BROKEN: return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
+    case AUTOCLIP_OK: return "The call succeeded.";
+    case AUTOCLIP_NO_MEMORY: return "There is not enough memory; nothing was changed.";
+    case AUTOCLIP_NOT_FINITE: return "A norm is NaN or infinite; a history holds finite norms only.";
+    case AUTOCLIP_BAD_PERCENTILE: return "A percentile must be a number from 0 to 100.";
+    case AUTOCLIP_EMPTY: return "An empty history has no percentile; remember a norm first.";
+    case AUTOCLIP_BAD_RANK: return "A rank must be below the number of norms in the history.";
+    case AUTOCLIP_HAS_WINDOW: return "A history with a window cannot take in another; merge into one without.";
+    case AUTOCLIP_TOO_SMALL: return "The array given for the result is too small.";
+    case AUTOCLIP_BAD_SNAPSHOT: return "These bytes are not a snapshot of a history, or were damaged.";
+    case AUTOCLIP_NEW_SNAPSHOT: return "The snapshot was made by a later release; install that release to read it.";
+    case AUTOCLIP_NO_HISTORY: return "There is no history with this id, or it was destroyed.";
+    case AUTOCLIP_BROKEN:
+        return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
     }
     return "This is not a status of autoclip.";
 }

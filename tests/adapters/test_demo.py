@@ -3,9 +3,12 @@
 import csv
 import sys
 from itertools import product
+from math import inf
 
 import pytest
+import torch
 from autoclip_torch import demo
+from torch import nn
 
 TEXT = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(1500))
 
@@ -48,6 +51,15 @@ def test_demo_writes_figure_data_and_table(text, tmp_path, capsys):
             assert arm != "AutoClip p=10" or norm == threshold
 
 
+@pytest.mark.parametrize("norm", [0.5, 1.5])
+def test_demo_reports_what_each_arm_did(norm):
+    for arm, threshold in zip(demo.ARMS, (norm, demo.FIXED_THRESHOLD, inf), strict=True):
+        model = nn.Linear(1, 1)
+        model.weight.grad = torch.full((1, 1), norm)
+        assert demo.ARMS[arm](model)() == (norm, threshold, norm > threshold)
+        assert model.weight.grad.item() == pytest.approx(min(norm, threshold))
+
+
 def test_demo_learns(text):
     from tqdm import tqdm
 
@@ -85,10 +97,10 @@ def make_runs(*losses):
 
 
 def test_demo_says_what_the_figures_say():
-    better = demo.interpret(make_runs(2.0, 2.01, 2.0, 2.0, 2.2, 2.1, 2.4, 2.4, 2.4))
+    better = " ".join(demo.interpret(make_runs(2.0, 2.01, 2.0, 2.0, 2.2, 2.1, 2.4, 2.4, 2.4)))
     assert "AutoClip's rows are 0.010 bits apart, those of the fixed threshold 0.200" in better
-    assert "One setting".lower() in better
-    worse = demo.interpret(make_runs(2.0, 2.3, 2.0, 2.0, 2.01, 1.9, 2.4, 2.4, 2.4))
+    assert "So one setting of AutoClip serves all three scales" in better
+    worse = " ".join(demo.interpret(make_runs(2.0, 2.3, 2.0, 2.0, 2.01, 1.9, 2.4, 2.4, 2.4)))
     assert "does not tell the two apart" in worse
     assert "fixed threshold 1 at loss scale 1e4" in worse
 

@@ -192,10 +192,8 @@ def test_backends_write_the_same_bytes_and_read_each_other(count, window, shape,
 
 def test_backends_merge_into_each_other(backend, other_backend):
     for into, other in ((backend, other_backend), (other_backend, backend)):
-        history, from_all, from_window = NormHistory(backend=into), history_of([3, 1], None, other), NormHistory(2, other)
-        from_window.extend([5, 4, 0])
-        history.push(2)
-        history.merge(from_all)
-        history.merge(from_window)
+        history = history_of([2], backend=into)
+        history.merge(history_of([3, 1], backend=other))
+        history.merge(history_of([5, 4, 0], 2, other))
         assert history.values().tolist() == [0, 1, 2, 3, 4]
         assert history.backend == into

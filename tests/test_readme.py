@@ -1,0 +1,286 @@
+"""Everything that README.md shows is true: its programs run, its commands and its files exist.
+
+    python   is a program of its own: it runs in an empty directory, and a warning is an error
+    c        is one too: it compiles without a warning, runs with the kernel, and returns 0
+    sh       is checked: every command is one that this file knows; its targets, extras and files exist
+
+A block of any other language fails.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+
+LANGUAGES = {"python", "c", "sh"}
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>.*)\n(?P<code>(?:.*\n)*?)(?P=indent)```[ \t]*$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int  # of its first line in the page
+
+
+def read_blocks(page):
+    """Every fenced block of a page; ValueError if one cannot be tested."""
+    blocks = []
+    for match in FENCE.finditer(page):
+        line = page.count("\n", 0, match.start("code")) + 1
+        if match["language"] not in LANGUAGES:
+            raise ValueError(f"line {line}: a block is one of {sorted(LANGUAGES)}, not {match['language']!r}")
+        blocks.append(Block(match["language"], textwrap.dedent(match["code"]), line))
+    # Any fence that the pattern above did not take: tildes, a quotation, a block that is not closed.
+    if len(re.findall(r"^[ >]*(?:```|~~~)", page, re.MULTILINE)) != 2 * len(blocks):
+        raise ValueError("there is a fence that is not opened and closed by three backticks on lines of their own")
+    return blocks
+
+
+BLOCKS = read_blocks(PAGE)
+
+
+def blocks_of(language):
+    found = [block for block in BLOCKS if block.language == language]
+    return pytest.mark.parametrize("block", found, ids=lambda block: f"line {block.line}")
+
+
+def run_python(block):
+    program = compile("\n" * (block.line - 1) + block.code, "README.md", "exec")  # with the lines of the page
+    exec(program, {"__name__": "__main__"})  # noqa: S102 - our own page
+
+
+@pytest.fixture(scope="session")
+def compiler(absent):
+    return shutil.which(os.environ.get("CC", "cc")) or absent("needs a C compiler")
+
+
+@pytest.fixture(scope="session")
+def kernel(compiler, tmp_path_factory):
+    """The object files of the kernel."""
+    folder = tmp_path_factory.mktemp("kernel")
+    sources = map(str, sorted((ROOT / "csrc/src").glob("*.c")))
+    flags = ["-std=c11", "-O1", "-ffp-contract=off", "-D_DEFAULT_SOURCE", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([compiler, *flags, "-c", *sources], cwd=folder, check=True)
+    return sorted(map(str, folder.glob("*.o")))
+
+
+@pytest.fixture
+def run_c(compiler, kernel, tmp_path):
+    """Compile and run a program."""
+
+    def run(code):
+        (tmp_path / "block.c").write_text(code, encoding="utf-8")
+        flags = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT / 'csrc/include'}"]
+        subprocess.run([compiler, *flags, "block.c", *kernel, "-pthread", "-o", "block"], cwd=tmp_path, check=True)
+        subprocess.run(["./block"], cwd=tmp_path, check=True, timeout=60)
+
+    return run
+
+
+@blocks_of("python")
+def test_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(block)
+
+
+@blocks_of("c")
+def test_c_block_compiles_and_runs(block, run_c):
+    run_c(block.code)
+
+
+# Commands.
+
+
+def expect_make(arguments):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(" ".join(re.findall(r"^([\w. -]+):(?!=)", makefile, re.MULTILINE)).split())
+    for argument in arguments:
+        name, is_variable, _ = argument.partition("=")
+        known = f"$({name})" in makefile if is_variable else name in targets
+        assert known, f"the Makefile has no {name}"
+
+
+def expect_pip(arguments):
+    command, *requirements = arguments
+    assert command == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for requirement in requirements:
+        match = re.fullmatch(r"(?:autoclip-core|\.)(?:\[([\w,]+)\])?", requirement)
+        assert match, f"{requirement} is not what this project installs"
+        assert set((match[1] or "").split(",")) <= {"", *extras}
+
+
+def expect_python(arguments):
+    if arguments[0] == "-m":
+        path = arguments[1].replace(".", "/")
+        places = [ROOT / folder / f"{path}{end}" for folder in (".", "adapters") for end in (".py", "/__main__.py")]
+        known = any(place.is_file() for place in places) or arguments[1] in {"venv", "pip", "pytest"}
+        assert known, f"there is no module {arguments[1]} to run"
+        if arguments[1] == "pip":
+            expect_pip(arguments[2:])
+    else:
+        assert (ROOT / arguments[0]).is_file(), f"there is no file {arguments[0]}"
+
+
+def expect_cc(arguments):
+    sources = [argument for argument in arguments if argument.endswith((".c", ".h"))]
+    assert sources
+    for source in sources:
+        assert (ROOT / source).is_file() or (ROOT / "csrc/examples" / source).is_file(), f"there is no {source}"
+
+
+def expect_cmake(arguments):
+    if "-S" in arguments:
+        folder = arguments[arguments.index("-S") + 1]
+        assert (ROOT / folder / "CMakeLists.txt").is_file(), f"CMake finds nothing in {folder}"
+    else:
+        assert arguments[0] in {"--build", "--install"}
+
+
+def expect_anything(arguments):
+    pass
+
+
+COMMANDS = {
+    "make": expect_make,
+    "pip": expect_pip,
+    "python": expect_python,
+    "python3": expect_python,
+    "cc": expect_cc,
+    "cmake": expect_cmake,
+    "git": expect_anything,
+    "cd": expect_anything,
+    "pkg-config": expect_anything,
+}
+
+
+def expect_commands(code):
+    """Check each command of a shell block; AssertionError for one that is unknown or names what is not there."""
+    for inner in re.findall(r"\$\(([^()]*)\)", code):
+        expect_commands(inner)
+    code = re.sub(r"\$\([^()]*\)", "inner", code.replace("\\\n", " "))
+    for line in code.splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars="&|;()")
+        words.whitespace_split = True
+        command = []
+        for word in [*words, ";"]:
+            if not re.fullmatch(r"[&|;()]+", word):
+                if command or "=" not in word:  # else: an assignment before the command
+                    command.append(word)
+            elif command:
+                assert command[0] in COMMANDS, f"{command[0]} is no command that this page may name"
+                COMMANDS[command[0]](command[1:])
+                command = []
+
+
+@blocks_of("sh")
+def test_sh_block_names_what_exists(block):
+    expect_commands(block.code)
+
+
+def test_commands_in_the_text_exist():
+    text = FENCE.sub("", PAGE)
+    for command in re.findall(r"`((?:make|pip|python -m) [^`]+)`", text):
+        expect_commands(command)
+
+
+def test_files_that_the_page_links_exist():
+    targets = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", PAGE))
+    local = [target for target in targets if not re.match(r"https?:", target)]
+    assert [target for target in local if not (ROOT / target).is_file()] == []
+
+
+def test_page_shows_each_way_of_use():
+    assert {block.language for block in BLOCKS} >= {"python", "c", "sh"}
+    assert {"make demo", "make test"} <= {line for block in BLOCKS for line in block.code.splitlines()}
+
+
+# The tester, tested.
+
+
+def page(language, code):
+    return f"```{language}\n{code}\n```\n"
+
+
+@pytest.mark.parametrize("language", ["", "rust", "Python", "console", "python title=x", "c "])
+def test_reader_refuses_unknown_languages(language):
+    with pytest.raises(ValueError, match="a block is one of"):
+        read_blocks(page(language, "x"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```python\nx = 1\n", "~~~python\nx = 1\n~~~\n", "> ```python\n> x = 1\n> ```\n", "```c\n1\n```\n```\n"],
+)
+def test_reader_refuses_fences_that_it_would_overlook(text):
+    with pytest.raises(ValueError, match="there is a fence"):
+        read_blocks(text)
+
+
+def test_reader_finds_blocks_and_their_lines():
+    text = "words\n\n" + page("python", "a = 1") + "  - in a list:\n\n    ```c\n    int x;\n    ```\n" + page("sh", "")
+    assert read_blocks(text) == [("python", "a = 1\n", 4), ("c", "int x;\n", 9), ("sh", "\n", 12)]
+
+
+def test_python_block_that_fails_shows_its_line():
+    (block,) = read_blocks("one\ntwo\n" + page("python", "x = 1\nassert x == 2"))
+    with pytest.raises(AssertionError) as caught:
+        run_python(block)
+    assert (caught.traceback[-1].path.name, caught.traceback[-1].lineno + 1) == ("README.md", 5)
+
+
+def test_c_block_that_fails_is_noticed(run_c):
+    run_c("#include <autoclip.h>\nint main(void) { return autoclip_abi_version() == 0; }\n")
+    for code in ("int main(void) { return 1; }", "int main(void) { int unused; return 0; }", "int main("):
+        with pytest.raises(subprocess.CalledProcessError):
+            run_c(code)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make demo # a comment",
+        'make demo DEMO="--help"',
+        "python3 -m venv .venv && python -m autoclip_torch.demo --help",
+        "pip install 'autoclip-core[torch,plot]'; pip install .",
+        "A=1 make test \\\n  bench",
+        "(cd csrc && cmake -S csrc -B build)",
+        "cc embed.c $(pkg-config --cflags --libs autoclip) -o embed",
+        "",
+        "# only words",
+    ],
+)
+def test_commands_that_exist_are_accepted(line):
+    expect_commands(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make dmeo",
+        "make demo && make all-of-it",
+        "make demo NO_SUCH=1",
+        "pip install autoclip",
+        "pip install 'autoclip-core[jaxx]'",
+        "python -m autoclip_torch.demos",
+        "python no_such_file.py",
+        "cmake -S src -B build",
+        "cc no_such.c -o x",
+        "sudo make test",
+        "true; A=1 unknown",
+    ],
+)
+def test_commands_that_do_not_exist_are_refused(line):
+    with pytest.raises(AssertionError):
+        expect_commands(line)
