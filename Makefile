@@ -1,5 +1,6 @@
 ## make demo    train a network with AutoClip, with a fixed threshold and without clipping; DEMO="--help" for options
 ## make test    everything: static checks, C tests, Python tests on both backends
+## make cross   the C tests on big-endian, 32-bit and ARM processors, emulated
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -13,7 +14,7 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test bench format clean tools static c-asan c-release python
+.PHONY: help demo test cross bench format clean tools static c-asan c-release c-aarch64 c-s390x c-i386 python
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -23,6 +24,9 @@ demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
 test: tools static c-asan c-release python
+
+# From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev.
+cross: c-aarch64 c-s390x c-i386
 
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
@@ -55,7 +59,7 @@ static: .venv/test
 	clang-format --dry-run --Werror --style=file:csrc/.clang-format $(C_SOURCES)
 	mypy
 
-c-asan c-release: c-%: .venv/test
+c-asan c-release c-aarch64 c-s390x c-i386: c-%: .venv/test
 	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
 
 python: .venv/test

@@ -198,7 +198,7 @@ def balance(links: Ints, parent: int, at: int, level: int) -> None:
 
 
 @_compiled
-def make_room(facts: Ints, links: Ints, parent: int, at: int, level: int, on_right_edge: bool) -> None:  # noqa: FBT001 (Numba knows no keyword-only arguments)
+def make_room(facts: Ints, links: Ints, parent: int, at: int, level: int, on_right_edge: np.bool_) -> None:
     """Child `at` is full: let a neighbour take a share, or put a new node beside it. The parent is not full."""
     facts[NEAR_SIZE] = 0
     capacity = LEAF if level == 0 else FANOUT
@@ -212,18 +212,13 @@ def make_room(facts: Ints, links: Ints, parent: int, at: int, level: int, on_rig
         balance(links, parent, at, level)
         return
     insert_child(links, parent, at + 1, take_row(facts, links))
-    neighbour = at + 2 if has_right else at - 1
-    share = capacity // 2
+    share = capacity // 2  # descending keys: the neighbour stays full
     if on_right_edge and not has_right:
-        share = 1  # ascending keys: leave the full node as it is
-    elif has_right:
-        share = capacity - (capacity + child_size(links, parent, neighbour, level)) // 3
+        share = 1  # ascending keys: so does the node itself
     elif has_left:
-        share = (capacity + child_size(links, parent, neighbour, level)) // 3
+        share = (capacity + child_size(links, parent, at - 1, level)) // 3  # two become three
     slide(links, parent, at, level, share)
-    if has_right:
-        balance(links, parent, at + 1, level)
-    elif has_left and not on_right_edge:
+    if has_left and share > 1:
         balance(links, parent, at - 1, level)
 
 
@@ -671,7 +666,8 @@ class History:
         return thresholds
 
     def merge(self, other: Self) -> None:
-        self.extend(other.values())
+        with _lock:
+            self.extend(other.values())
 
     def clone(self) -> Self:
         made = type(self).__new__(type(self))
@@ -809,12 +805,15 @@ class History:
             first = np.cumsum(counts) - counts
             if (separator > keys[first]).any() or (separator[1:] < keys[first[1:] - 1]).any():
                 return "every separator stands between the keys on its two sides"
-        near = slice(facts[NEAR_FIRST], facts[NEAR_FIRST] + facts[NEAR_SIZE])
-        if facts[NEAR_SIZE] > 0 and not np.array_equal(keys[near], pool[facts[NEAR], : facts[NEAR_SIZE]]):
+        near = nodes == facts[NEAR]
+        first = np.cumsum(sizes) - sizes
+        if facts[NEAR_SIZE] != 0 and [*first[near], *sizes[near]] != [facts[NEAR_FIRST], facts[NEAR_SIZE]]:
             return "the leaf that was asked last is where it was"
         if self._window is not None:
             if not size <= min(self._window, len(ring)):
                 return "there are no more norms than the window admits"
+            if not 0 <= facts[OLDEST] < (size if size == self._window else 1):
+                return "the ring begins with the oldest norm until it is full"
             if not np.array_equal(np.sort(self._by_age()), keys):
                 return "the tree holds the norms of the window"
         return None

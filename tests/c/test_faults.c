@@ -9,7 +9,7 @@
 #include "stream.h"
 
 static void test_stream_survives_every_refusal(void) {
-    static const uint64_t windows[] = {0, 1, 3, 50, 1000};
+    static const uint64_t windows[] = {0, 1, 3, 7, 13, 50, 1000};
     uint64_t faults = 0;
     for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
         for (int kind = 0; kind < VALUES_KINDS; kind++) {
@@ -19,7 +19,7 @@ static void test_stream_survives_every_refusal(void) {
             test_now.step = 0;
             stream_create(&own, windows[w], (enum values)kind, from);
             own.faulty = true;
-            for (int i = 0; i < 250; i++) {
+            for (int i = 0; i < 300; i++) {
                 stream_step(&own);
             }
             faults += own.heap.all_faults;

@@ -121,8 +121,15 @@ static void test_snapshot_of_another_length_is_refused(void) {
         snapshot_write(bytes, window, window > 0 ? aged_norms : five_norms, 5);
         for (size_t size = 0; size < sizeof bytes; size++) {
             test_now.step = size;
-            if (size != SNAPSHOT_SIZE(5)) {
-                require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, size);
+            if (size == SNAPSHOT_SIZE(5)) {
+                continue;
+            }
+            require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, size);
+            if (size >= SNAPSHOT_SIZE(0)) { /* nor do right checksums help */
+                unsigned char sealed[sizeof bytes];
+                memcpy(sealed, bytes, sizeof bytes);
+                snapshot_seal(sealed, size);
+                require_refused(AUTOCLIP_BAD_SNAPSHOT, sealed, size);
             }
         }
     }
@@ -182,6 +189,12 @@ static void test_snapshot_whose_header_lies_is_refused(void) {
     bytes_put(empty + 24, UINT64_C(1) << 61, 8);
     snapshot_seal(empty, sizeof empty);
     require_refused(AUTOCLIP_BAD_SNAPSHOT, empty, sizeof empty);
+    /* 2^61 - 1 norms in a header without a checksum of norms behind it: 64 - 72 is 8 * (2^61 - 1) in 64 bits */
+    bytes_put(empty + 24, (UINT64_C(1) << 61) - 1, 8);
+    snapshot_seal(empty, sizeof empty);
+    for (size_t size = SNAPSHOT_HEADER; size < sizeof empty; size++) {
+        require_refused(AUTOCLIP_BAD_SNAPSHOT, empty, size);
+    }
 }
 
 static void test_snapshot_of_a_newer_format_is_named_as_such(void) {

@@ -191,45 +191,107 @@ static void test_small_arrays_are_refused(void) {
     }
 }
 
-/* Memory that somebody else overwrote is noticed: each norm that the history holds, one at a time. */
-static void test_check_names_what_is_broken(void) {
-    static const double wrong[] = {-1e300, 1e300, (double)NAN, (double)INFINITY};
-    for (uint64_t window = 0; window <= 100; window += 100) {
-        for (size_t count = 3; count <= 100; count += 97) {
+/* A history that was just loaded, and then took so few norms that the buffer holds them: no stale copy of a norm lies
+ * anywhere in its memory, so whatever looks like a norm is one. What is unused still has the heap's pattern. */
+static autoclip_history *load_and_push(heap *own, uint64_t window, size_t count) {
+    unsigned char bytes[SNAPSHOT_SIZE(200)];
+    double norms[200];
+    autoclip_history *history;
+    for (size_t i = 0; i < count; i++) {
+        norms[i] = 1000.125 + (double)i;
+    }
+    snapshot_write(bytes, window, norms, count);
+    REQUIRE_OK(autoclip_history_load(bytes, SNAPSHOT_SIZE(count), &own->allocator, &history));
+    for (int i = 0; i < 3; i++) {
+        REQUIRE_OK(autoclip_history_push(history, 1005.5 + 3 * i));
+    }
+    return history;
+}
+
+/* Whether check notices that the word at `place` is another. */
+static bool is_noticed(autoclip_history *history, unsigned char *place, uint64_t other) {
+    unsigned char before[8];
+    const char *reason = NULL;
+    memcpy(before, place, sizeof before);
+    memcpy(place, &other, sizeof other);
+    autoclip_status status = autoclip_history_check(history, &reason);
+    memcpy(place, before, sizeof before);
+    REQUIRE(reason != NULL, "no reason was written");
+    REQUIRE(status == AUTOCLIP_OK || status == AUTOCLIP_BROKEN, "status is %d", (int)status);
+    REQUIRE((status == AUTOCLIP_OK) == (reason[0] == '\0'), "status %d: '%s'", (int)status, reason);
+    return status == AUTOCLIP_BROKEN;
+}
+
+/* Each norm in each place where it is kept becomes another, one at a time. */
+static void test_check_notices_every_wrong_norm(void) {
+    static const double wrong[] = {(double)NAN, (double)INFINITY, (double)-INFINITY, -1e300, 1e300};
+    for (uint64_t window = 0; window <= 200; window += 200) {
+        for (size_t count = 10; count <= 190; count += 20) {
             heap own;
-            autoclip_history *history;
-            uint64_t broken = 0;
+            size_t places = 0;
+            size_t unnoticed[COUNT(wrong)] = {0};
             heap_create(&own);
-            REQUIRE_OK(autoclip_history_create(window, &own.allocator, &history));
-            for (size_t i = 0; i < count; i++) {
-                REQUIRE_OK(autoclip_history_push(history, 1000.125 + (double)(i * 37 % 101)));
-            }
+            autoclip_history *history = load_and_push(&own, window, count);
             for (size_t b = 0; b < own.count; b++) {
-                for (size_t at = 0; at + sizeof(double) <= own.blocks[b].size; at += sizeof(double)) {
+                for (size_t at = 0; at + 8 <= own.blocks[b].size; at += 8) {
                     double norm;
                     memcpy(&norm, own.blocks[b].address + at, sizeof norm);
-                    if (!(norm >= 1000 && norm < 1102)) {
+                    if (!(norm >= 1000 && norm < 1200)) {
                         continue;
                     }
+                    places++;
                     for (size_t w = 0; w < COUNT(wrong); w++) {
-                        const char *reason = NULL;
-                        memcpy(own.blocks[b].address + at, &wrong[w], sizeof norm);
-                        autoclip_status status = autoclip_history_check(history, &reason);
-                        REQUIRE(reason != NULL, "no reason was written");
-                        REQUIRE(status == AUTOCLIP_OK || status == AUTOCLIP_BROKEN, "status is %d", (int)status);
-                        REQUIRE((status == AUTOCLIP_OK) == (reason[0] == '\0'), "status %d: '%s'", (int)status, reason);
-                        broken += status == AUTOCLIP_BROKEN;
-                        memcpy(own.blocks[b].address + at, &norm, sizeof norm);
+                        unnoticed[w] += !is_noticed(history, own.blocks[b].address + at, test_bits(wrong[w]));
                     }
                 }
             }
-            /* More places may be found than norms: a copy left behind in an unused one is nobody's. And without a window
-             * nothing contradicts an even lower lowest norm, or an even higher highest, of the buffer and of the tree. */
-            REQUIRE(broken >= count * COUNT(wrong) - 4, "%" PRIu64 " of %zu were noticed", broken,
-                    count * COUNT(wrong));
+            REQUIRE(places >= (window > 0 ? 2 : 1) * (count + 3), "%zu norms in %zu places", count + 3, places);
+            for (size_t w = 0; w < COUNT(wrong); w++) {
+                /* Without a window nothing contradicts an even lower lowest norm, or an even higher highest, of the
+                 * buffer and of the tree. */
+                REQUIRE(unnoticed[w] <= (window == 0 && isfinite(wrong[w]) ? 2 : 0),
+                        "%zu of %zu places may hold %g unnoticed", unnoticed[w], places, wrong[w]);
+            }
             autoclip_history_destroy(history);
             heap_destroy(&own);
         }
+    }
+}
+
+/* Each number of the tree (norms, counts, sizes) is one too low, one at a time: with a window none can go unnoticed. */
+static void test_check_notices_every_wrong_number(void) {
+    for (size_t count = 10; count <= 190; count += 20) {
+        heap own;
+        size_t places = 0;
+        size_t totals = 0;
+        heap_create(&own);
+        autoclip_history *history = load_and_push(&own, 200, count);
+        for (size_t b = 0; b < own.count; b++) {
+            unsigned char *block = own.blocks[b].address;
+            for (size_t at = 0; at + 8 <= own.blocks[b].size; at += 8) {
+                uint64_t word;
+                bool is_address = false;
+                memcpy(&word, block + at, sizeof word);
+                for (size_t other = 0; other < own.count; other++) {
+                    uintptr_t first = (uintptr_t)own.blocks[other].address;
+                    is_address = is_address || (word >= first && word - first <= own.blocks[other].size);
+                }
+                if (block == (unsigned char *)history) { /* here stand hints as well: only the sum of all bytes */
+                    if (word == own.bytes) {
+                        REQUIRE(is_noticed(history, block + at, word - 1), "a wrong number of bytes is not noticed");
+                        totals++;
+                    }
+                } else if (word != 0 && word != UINT64_C(0xA5A5A5A5A5A5A5A5) && !is_address) {
+                    REQUIRE(is_noticed(history, block + at, word - 1),
+                            "%zu norms: word %zu of block %zu, %016" PRIX64 ", may be one less", count, at / 8, b,
+                            word);
+                    places++;
+                }
+            }
+        }
+        REQUIRE(totals == 1 && places > 2 * count, "%zu totals and %zu places for %zu norms", totals, places, count);
+        autoclip_history_destroy(history);
+        heap_destroy(&own);
     }
 }
 
@@ -324,7 +386,8 @@ static void test_negative_zero_is_stored_as_zero(void) {
 
 TEST_MAIN(TEST(test_not_finite_norms_are_refused_whole), TEST(test_bad_percentiles_are_refused_whole),
           TEST(test_empty_history_has_no_percentile), TEST(test_ranks_beyond_the_size_are_refused),
-          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused), TEST(test_check_names_what_is_broken),
+          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused), 
+          TEST(test_check_notices_every_wrong_norm), TEST(test_check_notices_every_wrong_number),
           TEST(test_messages_are_sentences), TEST(test_version_is_that_of_the_header),
           TEST(test_nothing_may_be_null_but_what_the_header_allows), TEST(test_allocator_is_copied),
           TEST(test_negative_zero_is_stored_as_zero));

@@ -4,7 +4,6 @@ import copy
 import multiprocessing
 import os
 import pickle
-import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -167,29 +166,3 @@ sys.exit(0)
 def test_interpreter_ends_quietly_with_live_histories(ending, run_python):
     header = "import atexit, sys, threading, time\nfrom autoclip_core import AutoClip, NormHistory\n"
     assert run_python(header + ENDINGS[ending], "-X", "dev") == ""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_histories_that_are_gone_is_given_back(run_python):
-    code = """
-from autoclip_core import NormHistory
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-def come_and_go(times):
-    for i in range(times):
-        history = NormHistory(5000 if i % 2 else None)
-        history.extend(norms)
-        twin = history.__copy__()
-        del history, twin
-
-norms = [float(i) for i in range(10_000)]
-come_and_go(20)
-before = resident()
-come_and_go(500)
-grown = (resident() - before) / 2**20
-assert grown < 10, f"{grown} MiB more after 1000 histories"
-"""
-    run_python(code)
