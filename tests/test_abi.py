@@ -8,6 +8,7 @@
 A new function is compatible. Anything else that is reported here needs a new AUTOCLIP_ABI_VERSION and a new file.
 """
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the description is of Linux on x86-64"
+)
 
 
 @pytest.fixture(scope="module")

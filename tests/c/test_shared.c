@@ -516,12 +516,10 @@ static void *merge_both_ways(void *context) {
     worker *own = context;
     uint64_t to = own->number % 2 ? own->id : own->other;
     uint64_t from = own->number % 2 ? own->other : own->id;
-    for (int i = 0; i < 4000; i++) { /* quick ones: what could lock up is between two locks, not in the merge */
+    for (int i = 0; i < 10000; i++) { /* quick ones: what could lock up lies between two locks, not in the merge */
+        REQUIRE_OK(autoclip_shared_push(from, 1));
         REQUIRE_OK(autoclip_shared_merge(to, from));
-        if (i % 8 == 0) {
-            REQUIRE_OK(autoclip_shared_clear(to));
-            REQUIRE_OK(autoclip_shared_push(to, 1));
-        }
+        REQUIRE_OK(autoclip_shared_clear(to));
     }
     return NULL;
 }

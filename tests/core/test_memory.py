@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and reads the memory of a process as Linux does")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process as Linux has it")
 
 
 def test_memory_error_leaves_everything_as_it_was(run_python):
