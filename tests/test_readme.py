@@ -284,3 +284,10 @@ def test_commands_that_exist_are_accepted(line):
 def test_commands_that_do_not_exist_are_refused(line):
     with pytest.raises(AssertionError):
         expect_commands(line)
+
+
+def test_tables_are_those_of_the_results():
+    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", PAGE)
+    assert tables
+    for source, table in tables:
+        assert table in (ROOT / source).read_text(encoding="utf-8"), f"the table from {source} is out of date"

@@ -292,11 +292,10 @@ static void make_room(ostree *tree, const struct path *path, double key) {
                 refresh_entry(parent, at);
                 refresh_entry(parent, at + 1);
             }
-        } else if (has_right) {
-            deal(tree, parent, level, at, 2, 3);
         } else if (has_left) {
             deal(tree, parent, level, at - 1, 2, 3);
         } else {
+            /* Descending keys end here: the half that stays behind fills up from its left. */
             deal(tree, parent, level, at, 1, 2);
         }
         return;

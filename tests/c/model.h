@@ -138,9 +138,7 @@ static const uint64_t xxh_prime[5] = {UINT64_C(0x9E3779B185EBCA87), UINT64_C(0xC
                                       UINT64_C(0x165667B19E3779F9), UINT64_C(0x85EBCA77C2B2AE63),
                                       UINT64_C(0x27D4EB2F165667C5)};
 
-static inline uint64_t xxh_rotate(uint64_t value, int bits) {
-    return (value << bits) | (value >> (64 - bits));
-}
+static inline uint64_t xxh_rotate(uint64_t value, int bits) { return (value << bits) | (value >> (64 - bits)); }
 
 static inline uint64_t xxh_round(uint64_t lane, uint64_t input) {
     return xxh_rotate(lane + input * xxh_prime[1], 31) * xxh_prime[0];

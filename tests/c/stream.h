@@ -57,9 +57,9 @@ enum values {
     VALUES_KINDS
 };
 
-static const char *const values_name[VALUES_KINDS] = {"random",   "ascending", "descending", "all equal", "two values",
+static const char *const values_name[VALUES_KINDS] = {"random",    "ascending", "descending", "all equal", "two values",
                                                       "saw-tooth", "drifting",  "denormal",   "huge",      "negative",
-                                                      "opposite", "zeros",     "any bits"};
+                                                      "opposite",  "zeros",     "any bits"};
 
 /* The `index`-th value of a kind; finite but for any bits. */
 static inline double values_draw(enum values kind, uint64_t index, source *from) {
@@ -68,47 +68,35 @@ static inline double values_draw(enum values kind, uint64_t index, source *from)
     uint64_t bits;
     double value;
     switch (kind) {
-    case VALUES_ASCENDING:
-        return 1 + 0.25 * i;
-    case VALUES_DESCENDING:
-        return 1e9 - 0.25 * i;
-    case VALUES_EQUAL:
-        return 3.25;
-    case VALUES_TWO:
-        return source_below(from, 2) ? 1.5 : 2.5;
-    case VALUES_SAW_TOOTH:
-        return (double)(index % 37) + i * 1e-6;
-    case VALUES_DRIFTING:
-        return 1e3 * (1 + source_uniform(from)) / (1 + 0.01 * i * i);
-    case VALUES_DENORMAL:
-        return (double)source_below(from, 2000) * 0x1p-1074;
-    case VALUES_HUGE:
-        return 1e308 * (0.5 + source_uniform(from));
-    case VALUES_NEGATIVE:
-        return -10 * source_uniform(from);
+    case VALUES_ASCENDING: return 1 + 0.25 * i;
+    case VALUES_DESCENDING: return 1e9 - 0.25 * i;
+    case VALUES_EQUAL: return 3.25;
+    case VALUES_TWO: return source_below(from, 2) ? 1.5 : 2.5;
+    case VALUES_SAW_TOOTH: return (double)(index % 37) + i * 1e-6;
+    case VALUES_DRIFTING: return 1e3 * (1 + source_uniform(from)) / (1 + 0.01 * i * i);
+    case VALUES_DENORMAL: return (double)source_below(from, 2000) * 0x1p-1074;
+    case VALUES_HUGE: return 1e308 * (0.5 + source_uniform(from));
+    case VALUES_NEGATIVE: return -10 * source_uniform(from);
     case VALUES_OPPOSITE: /* their difference overflows, and numpy's rule then gives what it gives */
         return 1.7e308 * (source_uniform(from) < 0.5 ? -1 : 1);
-    case VALUES_ZERO:
-        return zeros[source_below(from, 4)];
+    case VALUES_ZERO: return zeros[source_below(from, 4)];
     case VALUES_ANY_BITS:
         bits = source_bits(from, 8);
         memcpy(&value, &bits, sizeof value);
         return value;
     case VALUES_RANDOM:
-    case VALUES_KINDS:
-        break;
+    case VALUES_KINDS: break;
     }
     return source_uniform(from);
 }
 
 /* A percentile: the ends and their neighbours, the common ones, exact ranks, any. One in 64 is not a percentile. */
 static inline double percentile_draw(source *from, size_t count) {
-    static const double common[] = {0,  100, 10,    50,      10,  1e-300, 0x1p-1074, 99.999, 0x1.8ffffffffffffp+6,
+    static const double common[] = {0,  100, 10,     50,      10, 1e-300, 0x1p-1074, 99.999, 0x1.8ffffffffffffp+6,
                                     25, 90,  33.333, 99.99999};
     static const double bad[] = {-0x1p-1074, 0x1.9000000000001p+6, (double)NAN, (double)INFINITY, (double)-INFINITY};
     switch (source_below(from, 64)) {
-    case 0:
-        return bad[source_below(from, sizeof bad / sizeof *bad)];
+    case 0: return bad[source_below(from, sizeof bad / sizeof *bad)];
     case 1:
     case 2:
     case 3:
@@ -116,8 +104,7 @@ static inline double percentile_draw(source *from, size_t count) {
     case 5:
     case 6:
     case 7:
-    case 8:
-        return count < 2 ? 0 : 100 * ((double)source_below(from, count) / (double)(count - 1));
+    case 8: return count < 2 ? 0 : 100 * ((double)source_below(from, count) / (double)(count - 1));
     case 9:
     case 10:
     case 11:
@@ -125,16 +112,12 @@ static inline double percentile_draw(source *from, size_t count) {
     case 13:
     case 14:
     case 15:
-    case 16:
-        return 100 * source_uniform(from);
-    default:
-        return common[source_below(from, sizeof common / sizeof *common)];
+    case 16: return 100 * source_uniform(from);
+    default: return common[source_below(from, sizeof common / sizeof *common)];
     }
 }
 
-static inline bool percentile_valid(double percentile) {
-    return percentile >= 0 && percentile <= 100;
-}
+static inline bool percentile_valid(double percentile) { return percentile >= 0 && percentile <= 100; }
 
 /* --- A history beside its model ----------------------------------------------------------------------------------- */
 
@@ -147,10 +130,10 @@ typedef struct stream {
     model truth;
     source source;
     enum values kind;
-    uint64_t drawn;       /* values so far */
-    size_t limit;         /* forget everything above so many norms */
-    bool faulty;          /* refuse memory to every call, allocation after allocation */
-    uint64_t attempt;     /* how often the present call was refused */
+    uint64_t drawn;   /* values so far */
+    size_t limit;     /* forget everything above so many norms */
+    bool faulty;      /* refuse memory to every call, allocation after allocation */
+    uint64_t attempt; /* how often the present call was refused */
     uint64_t judgements;
     autoclip_status status; /* of the last call */
 } stream;
@@ -263,13 +246,10 @@ static inline double *stream_values(stream *own, size_t count, uint64_t shape, b
 
 static inline size_t stream_count(stream *own) {
     switch (source_below(&own->source, 8)) {
-    case 0:
-        return 0;
+    case 0: return 0;
     case 1:
-    case 2:
-        return (size_t)source_below(&own->source, 400);
-    default:
-        return (size_t)source_below(&own->source, 20);
+    case 2: return (size_t)source_below(&own->source, 400);
+    default: return (size_t)source_below(&own->source, 20);
     }
 }
 
@@ -300,8 +280,7 @@ static inline void stream_observe(stream *own) {
     double norm = stream_value(own);
     double percentile = percentile_draw(&own->source, own->truth.count);
     double threshold = SENTINEL;
-    ATTEMPT(own, autoclip_history_observe(own->history, norm, percentile, &threshold),
-            test_same(threshold, SENTINEL));
+    ATTEMPT(own, autoclip_history_observe(own->history, norm, percentile, &threshold), test_same(threshold, SENTINEL));
     if (isfinite(norm) && percentile_valid(percentile)) {
         ATTEMPTED(own, AUTOCLIP_OK);
         model_push(&own->truth, norm);
@@ -332,8 +311,7 @@ static inline void stream_observe_many(stream *own) {
     for (size_t i = 0; i < cells; i++) {
         thresholds[i] = SENTINEL;
     }
-    ATTEMPT(own,
-            autoclip_history_observe_many(own->history, norms, count, percentiles, percentile_count, thresholds),
+    ATTEMPT(own, autoclip_history_observe_many(own->history, norms, count, percentiles, percentile_count, thresholds),
             cells == 0 || (test_same(thresholds[0], SENTINEL) && test_same(thresholds[cells - 1], SENTINEL)));
     if (finite && valid) {
         ATTEMPTED(own, AUTOCLIP_OK);
@@ -384,12 +362,8 @@ static inline void stream_select(stream *own) {
 static inline void stream_rank(stream *own) {
     double norm;
     switch (source_below(&own->source, 4)) {
-    case 0:
-        norm = stream_value(own);
-        break;
-    case 1:
-        norm = source_below(&own->source, 2) ? (double)INFINITY : (double)-INFINITY;
-        break;
+    case 0: norm = stream_value(own); break;
+    case 1: norm = source_below(&own->source, 2) ? (double)INFINITY : (double)-INFINITY; break;
     default: /* one that is there, or a neighbour of it */
         norm = own->truth.count == 0 ? -0.0 : own->truth.sorted[source_below(&own->source, own->truth.count)];
         if (source_below(&own->source, 2)) {
@@ -530,61 +504,33 @@ static inline void stream_step(stream *own) {
         stream_clear(own);
     }
     switch (operation) {
-    case 0:
-        stream_clear(own);
-        break;
-    case 1:
-        stream_merge(own);
-        break;
-    case 2:
-        stream_merge_itself(own);
-        break;
-    case 3:
-        stream_clone(own);
-        break;
-    case 4:
-        stream_save_and_load(own);
-        break;
-    case 5:
-        stream_values_and_save(own);
-        break;
-    case 6:
-        stream_observe_many(own);
-        break;
+    case 0: stream_clear(own); break;
+    case 1: stream_merge(own); break;
+    case 2: stream_merge_itself(own); break;
+    case 3: stream_clone(own); break;
+    case 4: stream_save_and_load(own); break;
+    case 5: stream_values_and_save(own); break;
+    case 6: stream_observe_many(own); break;
     case 7:
-    case 8:
-        stream_order_statistics(own);
-        break;
+    case 8: stream_order_statistics(own); break;
     case 9:
-    case 10:
-        stream_rank(own);
-        break;
+    case 10: stream_rank(own); break;
     case 11:
-    case 12:
-        stream_select(own);
-        break;
+    case 12: stream_select(own); break;
     case 13:
     case 14:
     case 15:
-    case 16:
-        stream_percentile(own);
-        break;
+    case 16: stream_percentile(own); break;
     case 17:
-    case 18:
-        stream_extend(own);
-        break;
+    case 18: stream_extend(own); break;
     case 19:
     case 20:
     case 21:
     case 22:
     case 23:
     case 24:
-    case 25:
-        stream_observe(own);
-        break;
-    default:
-        stream_push(own);
-        break;
+    case 25: stream_observe(own); break;
+    default: stream_push(own); break;
     }
     judge_facts(own->history, &own->truth);
     stream_check_memory(own);

@@ -94,9 +94,7 @@ static inline uint64_t test_random(uint64_t *state) {
 }
 
 /* Uniform in [0, 1). */
-static inline double test_uniform(uint64_t *state) {
-    return (double)(test_random(state) >> 11) * 0x1p-53;
-}
+static inline double test_uniform(uint64_t *state) { return (double)(test_random(state) >> 11) * 0x1p-53; }
 
 /* An exact block of memory, so that a sanitizer sees one byte too many; its bytes are a sentinel. */
 static inline void *test_block(size_t size) {

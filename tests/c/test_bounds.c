@@ -89,9 +89,7 @@ static void test_history_is_sound_however_it_was_filled(void) {
             heap_create(&own);
             REQUIRE_OK(autoclip_history_create(0, &own.allocator, &history));
             switch (way) {
-            case ASCENDING:
-                REQUIRE_OK(autoclip_history_extend(history, filled.sorted, count));
-                break;
+            case ASCENDING: REQUIRE_OK(autoclip_history_extend(history, filled.sorted, count)); break;
             case TWICE:
                 REQUIRE_OK(autoclip_history_extend(history, norms, count / 3));
                 REQUIRE_OK(autoclip_history_extend(history, norms + count / 3, count - count / 3));
@@ -117,9 +115,7 @@ static void test_history_is_sound_however_it_was_filled(void) {
                 autoclip_history_destroy(history);
                 history = other;
                 break;
-            default:
-                REQUIRE_OK(autoclip_history_extend(history, norms, count));
-                break;
+            default: REQUIRE_OK(autoclip_history_extend(history, norms, count)); break;
             }
             judge(history, &filled);
             model_create(&truth, 0);
@@ -318,8 +314,8 @@ static void test_small_history_takes_at_most_four_kilobytes(void) {
 static void test_memory_per_norm_is_bounded(void) {
     enum { MILLION = 1000000 };
     enum { PUSHED, ASCENDING, DRIFTING, OBSERVED, IN_PARTS, EXTENDED, LOADED, WINDOWED, CASES };
-    static const char *const names[CASES] = {"pushed at random", "pushed ascending", "pushed drifting",
-                                             "observed at once", "extended in parts", "extended",
+    static const char *const names[CASES] = {"pushed at random", "pushed ascending",        "pushed drifting",
+                                             "observed at once", "extended in parts",       "extended",
                                              "loaded",           "in a window, twice round"};
     static const double most[CASES] = {13, 8.6, 13, 13, 10.5, 8.6, 8.6, 8.6 + 13};
     uint64_t state = 4;
@@ -377,5 +373,4 @@ static void test_memory_per_norm_is_bounded(void) {
 TEST_MAIN(MEMORY_TESTS TEST(test_empty_history_takes_at_most_a_kilobyte),
           TEST(test_history_is_sound_while_it_grows_through_every_size),
           TEST(test_history_is_sound_however_it_was_filled), TEST(test_window_drains_in_every_order),
-          TEST(test_window_takes_arrays_of_every_length),
-          TEST(test_observe_many_takes_arrays_of_every_length));
+          TEST(test_window_takes_arrays_of_every_length), TEST(test_observe_many_takes_arrays_of_every_length));

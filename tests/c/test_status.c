@@ -5,7 +5,7 @@
 #include "stream.h"
 
 static const double not_finite[] = {(double)NAN, (double)-NAN, (double)INFINITY, (double)-INFINITY};
-static const double not_percentiles[] = {(double)NAN,      -0x1p-1074, -1, 0x1.9000000000001p+6, 101,
+static const double not_percentiles[] = {(double)NAN,      -0x1p-1074,       -1, 0x1.9000000000001p+6, 101,
                                          (double)INFINITY, (double)-INFINITY};
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
@@ -56,9 +56,8 @@ static void test_not_finite_norms_are_refused_whole(void) {
                         }
                         norms[at] = bad;
                         REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_extend(own.history, norms, length));
-                        REQUIRE_STATUS(AUTOCLIP_NOT_FINITE,
-                                       autoclip_history_observe_many(own.history, norms, length, percentiles, 2,
-                                                                     thresholds));
+                        REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_observe_many(own.history, norms, length,
+                                                                                          percentiles, 2, thresholds));
                         for (size_t i = 0; i < 2 * length; i++) {
                             REQUIRE_SAME(SENTINEL, thresholds[i]);
                         }
@@ -386,7 +385,7 @@ static void test_negative_zero_is_stored_as_zero(void) {
 
 TEST_MAIN(TEST(test_not_finite_norms_are_refused_whole), TEST(test_bad_percentiles_are_refused_whole),
           TEST(test_empty_history_has_no_percentile), TEST(test_ranks_beyond_the_size_are_refused),
-          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused), 
+          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused),
           TEST(test_check_notices_every_wrong_norm), TEST(test_check_notices_every_wrong_number),
           TEST(test_messages_are_sentences), TEST(test_version_is_that_of_the_header),
           TEST(test_nothing_may_be_null_but_what_the_header_allows), TEST(test_allocator_is_copied),
