@@ -819,7 +819,8 @@ class History:
         return None
 
     def __len__(self) -> int:
-        return int(self._state[0][SIZE])
+        with _lock:  # a long observe_many stops for room now and then, and its norms count all at once
+            return int(self._state[0][SIZE])
 
     @property
     def window(self) -> int | None:
