@@ -259,6 +259,10 @@ static void test_check_notices_every_wrong_norm(void) {
 
 /* Each number of the tree (norms, counts, sizes) is one too low, one at a time: with a window none can go unnoticed. */
 static void test_check_notices_every_wrong_number(void) {
+    if (sizeof(void *) < sizeof(uint64_t)) {
+        puts("  skipped: an address and a number cannot be told apart where an address is half a word");
+        return;
+    }
     for (size_t count = 10; count <= 190; count += 20) {
         heap own;
         size_t places = 0;
