@@ -308,7 +308,7 @@ static void test_shared_doors_survive_every_refusal(void) {
     static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {fail_create, fail_clone, fail_load, fail_extend,
                                                                      fail_merge};
     /* Histories are kept until the end, so that create also meets a table that has to grow. */
-    enum { KEPT = 300 };
+    enum { KEPT = 1000 };
     static uint64_t kept[KEPT];
     uint64_t faults = 0;
     for (size_t c = 0; c < COUNT(calls); c++) {

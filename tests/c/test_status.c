@@ -153,6 +153,26 @@ static void test_ranks_beyond_the_size_are_refused(void) {
     subject_destroy(&own);
 }
 
+/* Norms that came many at once are all in the tree: no address may be computed from the buffer, which has no memory yet
+ * (even adding 0 to NULL is undefined). */
+static void test_order_statistics_do_without_a_buffer(void) {
+    double norms[600];
+    double range[600];
+    subject own;
+    subject_create(&own, 0, 0);
+    for (size_t i = 0; i < COUNT(norms); i++) {
+        norms[i] = (double)i;
+    }
+    REQUIRE_OK(autoclip_history_extend(own.history, norms, COUNT(norms)));
+    model_extend(&own.truth, norms, COUNT(norms));
+    for (size_t first = 0; first < COUNT(norms); first += 37) {
+        REQUIRE_OK(autoclip_history_order_statistics(own.history, first, COUNT(norms) - first, range));
+        REQUIRE_SAME(norms[first], range[0]);
+        REQUIRE_SAME(norms[COUNT(norms) - 1], range[COUNT(norms) - 1 - first]);
+    }
+    subject_destroy(&own);
+}
+
 static void test_window_refuses_a_merge(void) {
     subject own;
     subject other;
@@ -389,8 +409,8 @@ static void test_negative_zero_is_stored_as_zero(void) {
 
 TEST_MAIN(TEST(test_not_finite_norms_are_refused_whole), TEST(test_bad_percentiles_are_refused_whole),
           TEST(test_empty_history_has_no_percentile), TEST(test_ranks_beyond_the_size_are_refused),
-          TEST(test_window_refuses_a_merge), TEST(test_small_arrays_are_refused),
-          TEST(test_check_notices_every_wrong_norm), TEST(test_check_notices_every_wrong_number),
-          TEST(test_messages_are_sentences), TEST(test_version_is_that_of_the_header),
-          TEST(test_nothing_may_be_null_but_what_the_header_allows), TEST(test_allocator_is_copied),
-          TEST(test_negative_zero_is_stored_as_zero));
+          TEST(test_order_statistics_do_without_a_buffer), TEST(test_window_refuses_a_merge),
+          TEST(test_small_arrays_are_refused), TEST(test_check_notices_every_wrong_norm),
+          TEST(test_check_notices_every_wrong_number), TEST(test_messages_are_sentences),
+          TEST(test_version_is_that_of_the_header), TEST(test_nothing_may_be_null_but_what_the_header_allows),
+          TEST(test_allocator_is_copied), TEST(test_negative_zero_is_stored_as_zero));
