@@ -172,6 +172,17 @@ class History:
         _expect_ok(status, rank=first + count - 1, size=size)
         return norms
 
+    def oldest(self, count: int) -> NDArray[np.float64]:
+        import numpy as np
+
+        size = len(self)
+        if count > size:  # before memory is asked for
+            raise errors.bad_rank(count - 1, size)
+        norms = np.empty(count)
+        status = lib.autoclip_shared_oldest(self._id, count, ffi.from_buffer("double[]", norms))
+        _expect_ok(status, rank=count - 1, size=size)
+        return norms
+
     def values(self) -> NDArray[np.float64]:
         import numpy as np
 

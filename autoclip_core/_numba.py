@@ -705,6 +705,12 @@ class History:
             history_read(facts, pool, first, norms)
         return norms
 
+    def oldest(self, count: int) -> Floats:
+        with _lock:
+            if count > len(self):
+                raise errors.bad_rank(count - 1, len(self))
+            return self._by_age()[:count]
+
     def values(self) -> Floats:
         with _lock:
             return self.order_statistics(0, len(self))

@@ -219,6 +219,18 @@ class NormHistory:
         """
         return self._backend.order_statistics(as_count(first, "first", minimum=0), as_count(count, "count", minimum=0))
 
+    def oldest(self, count: int) -> NDArray[np.float64]:
+        """Return the norms that leave the window first, shape (count,), the oldest first. O(count).
+
+        Raises:
+            AutoClipTypeError, AutoClipValueError: count is not a whole number of at least 0, or the history has no
+                window: then it does not know the age of its norms.
+            RankError: count is above `len(history)`.
+        """
+        if self.window is None:
+            raise AutoClipValueError("A history without a window does not know which of its norms is the oldest.")
+        return self._backend.oldest(as_count(count, "count", minimum=0))
+
     def values(self) -> NDArray[np.float64]:
         """Return all norms, shape (n,), ascending. O(n)."""
         return self._backend.values()

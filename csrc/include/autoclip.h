@@ -74,7 +74,8 @@ typedef enum autoclip_status {
     AUTOCLIP_BAD_SNAPSHOT = 8,   /* not a snapshot, or a damaged one */
     AUTOCLIP_NEW_SNAPSHOT = 9,   /* a sound snapshot of a format that this release does not know */
     AUTOCLIP_NO_HISTORY = 10,    /* no shared history has this id (any more) */
-    AUTOCLIP_BROKEN = 11         /* an invariant does not hold: memory was overwritten, or there is a bug */
+    AUTOCLIP_BROKEN = 11,        /* an invariant does not hold: memory was overwritten, or there is a bug */
+    AUTOCLIP_NO_WINDOW = 12      /* a history without a window does not know the age of its norms */
 } autoclip_status;
 
 /* Where memory comes from. `allocate` returns NULL when there is none left, else a block aligned for any type;
@@ -150,6 +151,9 @@ autoclip_status autoclip_history_rank(const autoclip_history *history, double no
 autoclip_status autoclip_history_order_statistics(autoclip_history *history, uint64_t first, size_t count,
                                                   double *norms);
 
+/* The `count` norms that leave a window first, the oldest one first, be the window full or not. O(count). */
+autoclip_status autoclip_history_oldest(const autoclip_history *history, size_t count, double *norms);
+
 /* Every norm in ascending order, and how many there are. AUTOCLIP_TOO_SMALL if `capacity` is below that. O(n). */
 autoclip_status autoclip_history_values(autoclip_history *history, double *norms, size_t capacity, size_t *count);
 
@@ -222,6 +226,7 @@ autoclip_status autoclip_shared_percentile(uint64_t id, double percentile, doubl
 autoclip_status autoclip_shared_select(uint64_t id, uint64_t rank, double *norm);
 autoclip_status autoclip_shared_rank(uint64_t id, double norm, uint64_t *rank);
 autoclip_status autoclip_shared_order_statistics(uint64_t id, uint64_t first, size_t count, double *norms);
+autoclip_status autoclip_shared_oldest(uint64_t id, size_t count, double *norms);
 autoclip_status autoclip_shared_values(uint64_t id, double *norms, size_t capacity, size_t *count);
 autoclip_status autoclip_shared_save_size(uint64_t id, size_t *size);
 autoclip_status autoclip_shared_save(uint64_t id, void *bytes, size_t capacity, size_t *size);

@@ -584,6 +584,13 @@ autoclip_status autoclip_history_order_statistics(autoclip_history *history, uin
     return AUTOCLIP_OK;
 }
 
+autoclip_status autoclip_history_oldest(const autoclip_history *history, size_t count, double *norms) {
+    if (history->window == 0) return AUTOCLIP_NO_WINDOW;
+    if (count > history_size(history)) return AUTOCLIP_BAD_RANK;
+    for (size_t i = 0; i < count; ++i) norms[i] = history_by_age(history, i);
+    return AUTOCLIP_OK;
+}
+
 autoclip_status autoclip_history_values(autoclip_history *history, double *norms, size_t capacity, size_t *count) {
     const uint64_t size = history_size(history);
     if (size > capacity) return AUTOCLIP_TOO_SMALL;

@@ -219,6 +219,7 @@ DOOR(select, (uint64_t id, uint64_t rank, double *norm), status = autoclip_histo
 DOOR(rank, (uint64_t id, double norm, uint64_t *rank), status = autoclip_history_rank(history, norm, rank))
 DOOR(order_statistics, (uint64_t id, uint64_t first, size_t count, double *norms),
      status = autoclip_history_order_statistics(history, first, count, norms))
+DOOR(oldest, (uint64_t id, size_t count, double *norms), status = autoclip_history_oldest(history, count, norms))
 DOOR(values, (uint64_t id, double *norms, size_t capacity, size_t *count),
      status = autoclip_history_values(history, norms, capacity, count))
 DOOR(save_size, (uint64_t id, size_t *size), *size = autoclip_history_save_size(history))

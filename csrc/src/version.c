@@ -24,6 +24,7 @@ const char *autoclip_status_message(autoclip_status status) {
     case AUTOCLIP_NO_HISTORY: return "There is no history with this id, or it was destroyed.";
     case AUTOCLIP_BROKEN:
         return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
+    case AUTOCLIP_NO_WINDOW: return "A history without a window does not know the age of its norms.";
     }
     return "This is not a status of autoclip.";
 }

@@ -497,6 +497,26 @@ static inline void stream_clear(stream *own) {
 }
 
 /* One operation, and the judgement after it. */
+static inline void stream_oldest(stream *own) {
+    size_t count = (size_t)source_below(&own->source, own->truth.count + 2);
+    double *norms = test_block(count * sizeof(double));
+    unsigned char *before = test_block(count * sizeof(double));
+    ATTEMPT(own, autoclip_history_oldest(own->history, count, norms),
+            memcmp(norms, before, count * sizeof(double)) == 0);
+    if (own->truth.window == 0) {
+        ATTEMPTED(own, AUTOCLIP_NO_WINDOW);
+    } else if (count > own->truth.count) {
+        ATTEMPTED(own, AUTOCLIP_BAD_RANK);
+    } else {
+        ATTEMPTED(own, AUTOCLIP_OK);
+        for (size_t i = 0; i < count; i++) {
+            REQUIRE_SAME(own->truth.aged[i], norms[i]);
+        }
+    }
+    free(before);
+    free(norms);
+}
+
 static inline void stream_step(stream *own) {
     uint64_t operation = source_below(&own->source, 40);
     test_now.step++;
@@ -513,7 +533,7 @@ static inline void stream_step(stream *own) {
     case 6: stream_observe_many(own); break;
     case 7:
     case 8: stream_order_statistics(own); break;
-    case 9:
+    case 9: stream_oldest(own); break;
     case 10: stream_rank(own); break;
     case 11:
     case 12: stream_select(own); break;

@@ -95,6 +95,10 @@ static autoclip_status call_rank(subject *own) { return autoclip_history_rank(ow
 static autoclip_status call_order_statistics(subject *own) {
     return autoclip_history_order_statistics(own->history, 0, 1, own->results);
 }
+static autoclip_status call_oldest(subject *own) {
+    autoclip_status status = autoclip_history_oldest(own->history, 1, own->results);
+    return status == AUTOCLIP_NO_WINDOW ? AUTOCLIP_OK : status;
+}
 static autoclip_status call_values(subject *own) {
     size_t count = SENTINEL_SIZE;
     size_t capacity = own->snapshot_size / 8; /* enough */
@@ -251,6 +255,7 @@ static void test_every_function_survives_every_refusal(void) {
         {"select", call_select, true, false, false, 0},
         {"rank", call_rank, false, false, false, 0},
         {"order_statistics", call_order_statistics, true, false, false, 0},
+        {"oldest", call_oldest, true, false, false, 0},
         {"values", call_values, false, false, false, 0},
         {"save", call_save, false, false, false, 0},
     };

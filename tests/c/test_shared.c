@@ -106,6 +106,13 @@ static void test_shared_doors_do_what_their_namesakes_do(void) {
         REQUIRE_OK(autoclip_shared_order_statistics(id, 1, 3, values));
         REQUIRE_SAME(truth.sorted[1], values[0]);
         REQUIRE_SAME(truth.sorted[3], values[2]);
+        if (truth.window > 0) {
+            REQUIRE_OK(autoclip_shared_oldest(id, 2, values));
+            REQUIRE_SAME(truth.aged[0], values[0]);
+            REQUIRE_SAME(truth.aged[1], values[1]);
+        } else {
+            REQUIRE_STATUS(AUTOCLIP_NO_WINDOW, autoclip_shared_oldest(id, 2, values));
+        }
         REQUIRE_OK(autoclip_shared_values(id, values, COUNT(values), &size));
         REQUIRE(size == truth.count, "values gave %zu", size);
         for (size_t i = 0; i < size; i++) {
@@ -188,6 +195,7 @@ static void require_unknown(uint64_t id) {
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_select(id, 0, values));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_rank(id, 1, &number));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_order_statistics(id, 0, 1, values));
+    REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_oldest(id, 1, values));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_values(id, values, 4, &size));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_save_size(id, &size));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_save(id, bytes, sizeof bytes, &size));

@@ -284,6 +284,17 @@ def test_rank_of_no_norm_is_an_index_error(history):
         NormHistory().select(0)
 
 
+def test_oldest_beyond_the_size_is_an_index_error():
+    history = NormHistory(window=5)
+    history.extend([3.0, 1.0, 2.0])
+    for count in (4, 5, 2**62):
+        with refused(history, IndexError, f"is 3, but rank {count - 1}"):
+            history.oldest(count)
+    for count, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError)):
+        with refused(history, error, "count must be"):
+            history.oldest(count)
+
+
 @given("norm", NOT_A_NUMBER)
 def test_rank_of_what_is_no_number_is_a_type_error(norm, shown, history):
     with refused(history, TypeError, shown):

@@ -5,6 +5,7 @@ import pickle
 from math import inf, nextafter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
@@ -15,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from autoclip_core import NormHistory
+from autoclip_core import AutoClipValueError, NormHistory
 
 from .reference import PERCENTILES, SHAPES, ReferenceHistory, assert_same_bits, make_norms
 
@@ -133,6 +134,16 @@ class HistoryMachine(RuleBasedStateMachine):
         first = data.draw(st.integers(0, len(reference.norms)))
         count = data.draw(st.integers(0, len(reference.norms) - first))
         assert_same_bits(history.order_statistics(first, count), reference.values()[first : first + count])
+
+    @rule(pair=pairs, data=st.data())
+    def oldest(self, pair, data):
+        history, reference = pair
+        count = data.draw(st.integers(0, len(reference.norms)))
+        if reference.window:
+            assert_same_bits(history.oldest(count), reference.norms[:count])
+        else:
+            with pytest.raises(AutoClipValueError, match="window"):
+                history.oldest(count)
 
     @invariant()
     def every_history_is_sound_and_equals_its_reference(self):
