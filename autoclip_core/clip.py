@@ -113,6 +113,11 @@ class AutoClip:
         return self._steps
 
     @property
+    def recorded_steps(self) -> int:
+        """How many norms entered the history, those that have left its window again included."""
+        return self._recorded_steps
+
+    @property
     def clipped_steps(self) -> int:
         """How many steps were clipped."""
         return self._clipped_steps

@@ -1,32 +1,44 @@
 """AutoClip over PyTorch gradients.
 
-What shaped this module, and must stay true:
-
-- Every rule is the core's: here gradients become one norm, and the core's scale becomes scaled gradients.
-- One norm pass and at most one scaling pass over all gradients, one wait for the device, no value per tensor.
-- Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
-- A non-finite gradient is never multiplied: 0 times infinity is NaN.
-- Parameters are known by their order or their optimizer, never by `id`, so that a state survives a restart.
+Every rule is the core's: gradients become norms (gradients.py), the norms of each group (groups.py) go to the core, and
+the core's scales become scaled gradients. On a CPU the host decides; on an accelerator it must not wait for a norm, so
+the device decides (deferred.py). How an optimizer does all this by itself is in attach.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakSet
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 import autoclip_core
-from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, ClipStep, NormHistory
+from autoclip_core import (
+    AutoClipError,
+    AutoClipTypeError,
+    AutoClipValueError,
+    ClipStep,
+    NonFiniteNormError,
+    NormHistory,
+    StateError,
+)
+from autoclip_torch.deferred import Deferred, DeviceStep
+from autoclip_torch.gradients import Gradients, to_device
+from autoclip_torch.groups import Groups, Parameters, Scope
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+    from torch.distributed import ProcessGroup
 
-_attached: WeakSet[Optimizer] = WeakSet()
+Mode = Literal["auto", "immediate", "deferred"]
+
+_STATE_FORMAT = 1
+_SHARE_OVER = 100  # steps
+_DEFERRED_BY_ITSELF = {"cuda", "xpu"}
 
 
 class AutoClip:
@@ -36,13 +48,21 @@ class AutoClip:
     GradScaler: after `scaler.unscale_(optimizer)`). To have it called by the optimizer itself, use `attach`.
 
     Args:
-        params: whose gradients are clipped, together, by one global L2 norm: tensors, a module, or an optimizer. A
-            module's parameters are read once, now; an optimizer's at every step, so groups added later count.
+        params: whose gradients are clipped: tensors, (name, tensor) pairs, a module, or an optimizer. A module's
+            parameters are read once, now; an optimizer's at every step, so groups added later count.
         percentile: from 0 (clip to the smallest norm seen) to 100 (never clip). May be assigned at any step.
+        scope: what has a norm, a history and a threshold of its own. "global", as in the paper: all gradients together.
+            "group": each parameter group of an optimizer. "parameter": each tensor. A function from a parameter's name
+            to the name of its group: each group.
+        mode: "immediate": the host reads the norm and decides, which waits for the device. "deferred": the device
+            decides, from the same history and to the same bits, and nobody waits. "auto": deferred on CUDA and XPU.
+        process_group: where parameters are spread over processes without being DTensors (the stages of a pipeline,
+            FSDP1), the processes over which to add up their norms. Needs the global scope.
         window: remember only the last `window` norms; None, the paper's choice, remembers all.
         warmup: do not clip before this many norms have been remembered.
-        nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; warns once. "raise":
-            NonFiniteNormError, gradients left as they are. "pass": nothing.
+        nonfinite: what a NaN or infinite norm does. "skip": all gradients become zeros; warns once. "raise":
+            NonFiniteNormError, gradients left as they are; deferred, they become zeros, and a later step raises.
+            "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
 
     Raises:
@@ -64,134 +84,244 @@ class AutoClip:
 
     def __init__(
         self,
-        params: Tensor | Iterable[Tensor] | torch.nn.Module | Optimizer,
+        params: Parameters,
         percentile: float = 10.0,
         *,
+        scope: Scope | Callable[[str], str] = "global",
+        mode: Mode = "auto",
+        process_group: ProcessGroup | None = None,
         window: int | None = None,
         warmup: int = 0,
         nonfinite: Literal["skip", "raise", "pass"] = "skip",
         max_threshold: float | None = None,
     ) -> None:
-        self._source = params if isinstance(params, Optimizer) else _as_tensors(params)
-        if not self._parameters():
-            raise AutoClipValueError(
-                f"There are no parameters to clip in the {type(params).__name__} given; if it is a generator, it may "
-                "have been used up before."
+        if mode not in get_args(Mode):
+            raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
+        if process_group is not None and scope != "global":
+            raise AutoClipValueError('process_group adds up one norm of all parameters, so it needs scope="global".')
+
+        def make_clip() -> autoclip_core.AutoClip:
+            return autoclip_core.AutoClip(
+                self._percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold
             )
-        self._core = autoclip_core.AutoClip(
-            percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold
-        )
-        self._handles: list[RemovableHandle] = []
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+
+        self._percentile = percentile
+        self._make_clip = make_clip
+        self._percentile = make_clip().percentile  # checked, with all other options
+        self._groups = Groups(params, scope)
+        self._clips = {name: make_clip() for name in self._groups.by_name}
+        self._mode = mode
+        self._process_group = process_group
+        self._options = {
+            "warmup": warmup,
+            "drop_nonfinite": nonfinite != "pass",
+            "max_threshold": inf if max_threshold is None else max_threshold,
+        }
+        self._deferred: Deferred | None = None
+        self._left: _Left | None = None
+        self._latest: dict[str, ClipStep] = {}
+        self._clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)
         self._warned = False
+        # Set by `attach`: ends the clipping inside optimizer.step().
+        self._detach: Callable[[], None] | None = None
 
     @property
     def percentile(self) -> float:
         """The percentile, from 0 to 100. Assign to change it from the next step on."""
-        return self._core.percentile
+        return self._percentile
 
     @percentile.setter
     def percentile(self, percentile: float) -> None:
-        self._core.percentile = percentile
+        for clip in self._clips.values():
+            clip.percentile = percentile
+            self._percentile = clip.percentile
 
     @property
     def threshold(self) -> float:
-        """The threshold as the history stands, in the unit of the norm; `inf` while nothing is remembered."""
-        return self._core.threshold
+        """The threshold as the history stands, in the unit of the norm; `inf` while nothing is remembered.
+
+        Raises:
+            AutoClipError: each group has its own (see `thresholds`).
+        """
+        return self._only("threshold").threshold
 
     @property
-    def steps(self) -> int:
-        """How many gradients were seen."""
-        return self._core.steps
-
-    @property
-    def clipped_steps(self) -> int:
-        """How many gradients were clipped."""
-        return self._core.clipped_steps
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """How many gradients had a NaN or infinite norm."""
-        return self._core.nonfinite_steps
+    def thresholds(self) -> dict[str, float]:
+        """The threshold of each group by its name; the only one is called "global"."""
+        return {name: clip.threshold for name, clip in self._settled().items()}
 
     @property
     def history(self) -> NormHistory:
-        """The norms remembered so far, unclipped."""
-        return self._core.history
+        """The norms remembered so far, unclipped.
 
-    def step(self) -> ClipStep:
-        """Clip the gradients in place, and return what was decided. One pass for the norm, one to scale, one wait.
+        Raises:
+            AutoClipError: each group has its own (see `histories`).
+        """
+        return self._only("history").history
+
+    @property
+    def histories(self) -> dict[str, NormHistory]:
+        """The history of each group by its name; the only one is called "global"."""
+        return {name: clip.history for name, clip in self._settled().items()}
+
+    @property
+    def steps(self) -> int:
+        """How many steps were seen."""
+        return max(clip.steps for clip in self._settled().values())
+
+    @property
+    def clipped_steps(self) -> int:
+        """How many steps were clipped, added up over the groups."""
+        return sum(clip.clipped_steps for clip in self._settled().values())
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps had a NaN or infinite norm, added up over the groups."""
+        return sum(clip.nonfinite_steps for clip in self._settled().values())
+
+    @property
+    def waits(self) -> int:
+        """How often a deferred step had to wait for the device, because too many norms were on their way already."""
+        return self._deferred.waits if self._deferred is not None else 0
+
+    def step(self) -> Any:
+        """Clip the gradients in place, and return what was decided. One pass for the norms and one to scale.
 
         After a non-finite norm under "skip" the gradients are zeros and the scale is 0.0: an `optimizer.step()` would
         still apply momentum and weight decay, so leave it out to keep the parameters as they are. Where no parameter
-        has a gradient, the norm is 0: nothing is remembered, and a warning says so once.
+        has a gradient, nothing is remembered, and a warning says so once. Gradients that were clipped already are not
+        clipped, remembered or counted again: those whose first tensor nobody has touched since, and whose norm is the
+        one they were left with.
+
+        Returns:
+            A ClipStep; with another scope than "global", a dict of them by the names of the groups that have gradients.
+            Deferred, their fields are tensors, shape (), on the device, and reading one is waiting for it.
 
         Raises:
             AutoClipError: this AutoClip is attached to an optimizer, which clips already.
-            NonFiniteNormError: the norm is NaN or infinite under `nonfinite="raise"`.
+            NonFiniteNormError: a norm is NaN or infinite under `nonfinite="raise"`.
         """
-        if self._handles:
+        if self._detach is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "
                 "AutoClip.step(), or call detach() first."
             )
-        return self._clip()
+        with torch.no_grad():
+            gradients = self._gradients()
+            steps = self._decide(gradients)
+            self._apply(gradients, steps)
+            self._leave(gradients, steps)
+        if isinstance(steps, DeviceStep):
+            steps = [ClipStep(*fields) for fields in zip(*steps, strict=True)]
+        if self._groups.scope == "global":
+            return steps[0]
+        names = list(self._groups.by_name)
+        return {names[index]: step for index, step in zip(gradients.present, steps, strict=True)}
+
+    def log(self) -> dict[str, float]:
+        """Return the latest step for a logger: plain numbers by name, none before the first step.
+
+        `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` (0 or 1), each followed by a slash and
+        the group's name if the scope is not "global"; and `clipped_share`, over the last 100 steps. Never waits: a
+        deferred step is the latest when its norms have reached the host.
+        """
+        if self._deferred is not None:
+            self._deferred.receive()
+        numbers: dict[str, float] = {}
+        for name, step in self._latest.items():
+            ending = "" if self._groups.scope == "global" else f"/{name}"
+            numbers[f"grad_norm{ending}"] = step.norm
+            numbers[f"clip_threshold{ending}"] = step.threshold
+            numbers[f"clip_scale{ending}"] = step.scale
+            numbers[f"clipped{ending}"] = float(step.clipped)
+        if self._clipped_shares:
+            numbers["clipped_share"] = sum(self._clipped_shares) / len(self._clipped_shares)
+        return numbers
 
     def detach(self) -> None:
         """Undo `attach`: optimizer.step() no longer clips. The history stays. Does nothing if not attached."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if isinstance(self._source, Optimizer):
-            _attached.discard(self._source)
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as plain scalars and one uint8 tensor: what torch.load takes by default.
+        """Return all that a resumed run needs: plain scalars, and bytes, which torch.load takes by default.
 
         >>> clip = AutoClip(torch.nn.Linear(2, 1))
-        >>> clip.state_dict()["history"].dtype
-        torch.uint8
+        >>> sorted(clip.state_dict())
+        ['format', 'groups', 'scope']
         """
-        state = self._core.state_dict()
-        return {**state, "history": torch.frombuffer(bytearray(state["history"]), dtype=torch.uint8)}
+        # Bytes and not tensors, which torch.distributed.checkpoint can only load into tensors of their final size.
+        groups = {name: clip.state_dict() for name, clip in self._settled().items()}
+        return {"format": _STATE_FORMAT, "scope": self._groups.scope, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state made by `state_dict`, on any device; on failure nothing changes.
+        """Continue from a state made by `state_dict`, on any device and with any number of ranks.
 
-        The state brings its percentile, as an optimizer's state brings its learning rate; assign `percentile`
-        afterwards to change it.
+        On failure nothing changes. The state brings its percentile, as an optimizer's state brings its learning rate;
+        assign `percentile` afterwards to change it.
 
         Raises:
-            AutoClipTypeError, StateError: the state is not one of `state_dict`, or has another format or window.
+            AutoClipTypeError, StateError: the state is not one of `state_dict`, or has another format, window or scope,
+                or other groups.
             SnapshotError: its history is damaged.
         """
-        match state:
-            case {"history": Tensor() as history}:
-                state = {**state, "history": history.cpu().numpy().tobytes()}
-        self._core.load_state_dict(state)
+        if not isinstance(state, Mapping):
+            raise AutoClipTypeError(f"A state is the dict made by state_dict(), but {type(state).__name__} was given.")
+        groups = state.get("groups")
+        if state.get("format") != _STATE_FORMAT or not isinstance(groups, Mapping):
+            raise StateError(
+                f"The state has format {state.get('format')!r}, and this release reads format {_STATE_FORMAT}; was it "
+                "made by autoclip_torch.AutoClip.state_dict(), and by a release not later than this one?"
+            )
+        if state.get("scope") != self._groups.scope:
+            raise StateError(
+                f"The state has scope={state.get('scope')!r}, but this AutoClip has scope={self._groups.scope!r}; "
+                "construct it with the scope of the run that is resumed."
+            )
+        clips = self._settled()
+        for lacking, what in ((clips.keys() - groups.keys(), "lacks"), (groups.keys() - clips.keys(), "has besides")):
+            if lacking:
+                raise StateError(
+                    f"The state {what} {len(lacking)} of the groups, among them {min(lacking)!r}; construct this "
+                    "AutoClip with the parameters and the scope of the run that is resumed."
+                )
+        loaded = {name: self._make_clip() for name in clips}
+        for name, clip in loaded.items():
+            clip.load_state_dict(groups[name])
+        self._clips = loaded
+        self._percentile = next(iter(loaded.values())).percentile
+        self._deferred = None
+        self._left = None
+        self._latest = {}
+        self._clipped_shares.clear()
 
     def __repr__(self) -> str:
-        return f"<autoclip_torch.AutoClip of {len(self._parameters())} parameters: {self._core!r}>"
+        clips = self._settled()
+        what = repr(clips["global"]) if self._groups.scope == "global" else f"{len(clips)} groups"
+        return f"<autoclip_torch.AutoClip of {len(self._groups)} parameters: {what}>"
 
-    def _parameters(self) -> list[Tensor]:
-        if isinstance(self._source, Optimizer):
-            return [param for group in self._source.param_groups for param in group["params"]]
-        return self._source
+    def _settled(self) -> dict[str, autoclip_core.AutoClip]:
+        """Return the clips of all groups, which then know every norm that was on its way."""
+        if self._deferred is not None:
+            self._deferred.receive(wait=True)
+        return self._clips
 
-    def _clip(self, grad_scale: Tensor | None = None) -> ClipStep:
-        """Clip gradients that are `grad_scale` times too large (None: 1)."""
-        with torch.no_grad():
-            groups = _gradients(self._parameters())
-            norm = _total_norm(groups) if groups else torch.zeros(())
-            if grad_scale is not None:
-                norm = norm / grad_scale.to(norm.device)
-            step = self._core.observe(norm.item())
-            for grads in groups:
-                if step.scale == 0.0:
-                    torch._foreach_zero_(grads)
-                elif step.scale != 1.0:
-                    torch._foreach_mul_(grads, step.scale)
-        if not groups and not self._warned:
+    def _only(self, what: str) -> autoclip_core.AutoClip:
+        if self._groups.scope != "global":
+            raise AutoClipError(f"With scope={self._groups.scope!r} each group has its own {what}; see `histories`.")
+        return self._settled()["global"]
+
+    # One step: gradients, decide, apply, leave. An attached optimizer may apply the decision by itself (attach.py).
+
+    def _gradients(self) -> Gradients:
+        """Return the gradients as they are now."""
+        if self._groups.refresh():
+            clips = self._settled()
+            self._clips = {name: clips.get(name) or self._make_clip() for name in self._groups.by_name}
+            self._deferred = None
+        gradients = Gradients(list(self._groups.by_name.values()), self._process_group)
+        if gradients.first is None and self._process_group is None and not self._warned:
             self._warned = True
             warnings.warn(
                 "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
@@ -199,146 +329,148 @@ class AutoClip:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return step
+        return gradients
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # The hook runs before the closure, and the gradients are made by the closure: clip behind it.
-        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._clip_inside(optimizer)
-            return None
+    def _decide(
+        self, gradients: Gradients, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> list[ClipStep] | DeviceStep:
+        """Decide for each group that has gradients.
 
-        def closure_then_clip() -> Any:
-            loss = closure()
-            self._clip_inside(optimizer)
-            return loss
+        Args:
+            gradients: `grad_scale` times too large (None: not too large).
+            grad_scale: what a GradScaler hands to fused optimizers, and
+            found_inf: its verdict; after an overflow the step is not seen.
 
-        if len(args) > 1:
-            return (args[0], closure_then_clip, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_then_clip}
+        Returns:
+            A list of steps, empty if the step is not seen; or, deferred, one step of tensors, shape (groups,).
+        """
+        deferred = self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF)
+        if not deferred and found_inf is not None and found_inf.item():
+            return []
+        norms = gradients.norms()
+        if grad_scale is not None:
+            norms = norms / grad_scale.to(norms.device, non_blocking=True)
+        left = self._left if self._left is not None and self._left.is_untouched(gradients) else None
+        if deferred:
+            return self._decide_on_device(gradients, norms, left, found_inf)
+        values: list[float] = norms.tolist()
+        if left is not None and left.has_norms(values):
+            clips = [list(self._clips.values())[index] for index in gradients.present]
+            return [ClipStep(norm, clip.threshold, 1.0, False, False) for norm, clip in zip(values, clips, strict=True)]
+        return self._observe(gradients.present, values)
 
-    def _clip_inside(self, optimizer: Optimizer) -> None:
-        # A GradScaler hands its scale and its verdict to fused optimizers, which unscale and skip by themselves; other
-        # optimizers get unscaled gradients, and no step at all after an overflow.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return
-        step = self._clip(getattr(optimizer, "grad_scale", None))
-        # Without gradients an optimizer leaves parameters, momentum and decay alone.
-        dropped = self._parameters() if step.scale == 0.0 else []
-        self._hidden = [(param, param.grad) for param in dropped if param.grad is not None]
-        for param, _ in self._hidden:
-            param.grad = None
+    def _decide_on_device(
+        self, gradients: Gradients, norms: Tensor, left: _Left | None, found_inf: Tensor | None
+    ) -> DeviceStep:
+        if self._deferred is None:
+            if gradients.device.type == "mps":
+                raise AutoClipValueError(
+                    'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
+                )
+            self._deferred = Deferred(list(self._clips.values()), gradients.device, self._options, self._receive)
+        norms = norms.double()
+        # What is not seen is handed on as a negative norm.
+        if left is not None:
+            norms = torch.where(left.has_norms_on_device(norms), -1.0, norms)
+        if found_inf is not None:
+            norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
+        present = gradients.present
+        if len(present) == len(self._clips):
+            return self._deferred.observe(norms, self._percentile)
+        places = to_device(present, gradients.device, torch.int64)
+        step = self._deferred.observe(
+            norms.new_full((len(self._clips),), -1.0).index_copy_(0, places, norms), self._percentile
+        )
+        return DeviceStep(*(field.index_select(0, places) for field in step))
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for param, grad in self._hidden:
-            param.grad = grad
-        self._hidden = []
+    def _observe(self, present: Sequence[int], norms: Sequence[float]) -> list[ClipStep]:
+        """Hand the norms of the groups that are present to the core."""
+        items = list(self._clips.items())
+        # A non-finite norm first: where it is an error, nothing else has been recorded yet.
+        order: Iterable[int] = range(len(norms))
+        if not all(map(isfinite, norms)):
+            order = sorted(order, key=lambda place: isfinite(norms[place]))
+        steps = {}
+        for place in order:
+            name, clip = items[present[place]]
+            try:
+                steps[place] = clip.observe(norms[place])
+            except NonFiniteNormError as error:
+                if self._groups.scope != "global":
+                    error.add_note(f"It is the norm of the group {name!r}.")
+                raise
+        in_order = [steps[place] for place in range(len(norms))]
+        if in_order:
+            self._latest = {items[index][0]: step for index, step in zip(present, in_order, strict=True)}
+            self._clipped_shares.append(sum(step.clipped for step in in_order) / len(in_order))
+        return in_order
+
+    def _receive(self, norms: list[float], percentile: float) -> None:
+        """Take in the norms of a deferred step, and the percentile that it had."""
+        present = [index for index, norm in enumerate(norms) if not norm < 0.0]
+        now, self.percentile = self._percentile, percentile
+        try:
+            self._observe(present, [norms[index] for index in present])
+        finally:
+            self.percentile = now
+
+    def _apply(self, gradients: Gradients, steps: list[ClipStep] | DeviceStep) -> None:
+        """Change the gradients as decided."""
+        if isinstance(steps, DeviceStep):
+            keep = (steps.scale > 0.0).all() if self._options["drop_nonfinite"] else None
+            gradients.scale_on_device_(steps.scale, keep)
+        elif is_dropped(steps):
+            gradients.zero_()
+        else:
+            gradients.scale_([step.scale for step in steps])
+
+    def _leave(self, gradients: Gradients, steps: list[ClipStep] | DeviceStep) -> None:
+        """Remember the gradients as they were left."""
+        self._left = _Left(gradients.first, steps) if gradients.first is not None else None
 
 
-def attach(
-    optimizer: Optimizer,
-    percentile: float = 10.0,
-    *,
-    window: int | None = None,
-    warmup: int = 0,
-    nonfinite: Literal["skip", "raise", "pass"] = "skip",
-    max_threshold: float | None = None,
-) -> AutoClip:
-    """Clip the gradients of an optimizer inside every `optimizer.step()`, with nothing else to change.
+def is_dropped(steps: list[ClipStep]) -> bool:
+    """Return whether the update must not be made: one group without a finite norm spoils it."""
+    return any(step.scale == 0.0 for step in steps)
 
-    A closure is followed by clipping each time the optimizer calls it: LBFGS evaluates several gradients per step, and
-    each one is a step of AutoClip. A GradScaler needs no explicit `unscale_`; steps that it skips are not seen. After a
-    non-finite norm under "skip" the optimizer leaves the parameters and its own state as they were, and the gradients
-    are zeros. `optimizer.state_dict()` stays as it was: save the AutoClip's own state beside it.
 
-    Args: as `AutoClip`, for the parameters of all groups, those added later included.
+class _Left:
+    """Gradients as a step left them, so that the same ones are not taken for new ones.
 
-    Returns:
-        The AutoClip; its `detach()` ends the clipping.
-
-    Raises:
-        AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already.
-
-    >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> clip = attach(optimizer)
-    >>> model(torch.ones(1, 2)).sum().backward()
-    >>> optimizer.step()
-    >>> clip.steps
-    1
+    The version of a tensor alone cannot tell: a CUDA graph writes without changing it. Nor can the norm: that of a
+    linear loss is the same at every step.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise AutoClipTypeError(
-            f"attach takes a torch.optim.Optimizer, but a {type(optimizer).__name__} was given; for parameters or a "
-            "module use AutoClip(...) and its step()."
+
+    def __init__(self, first: Tensor, steps: list[ClipStep] | DeviceStep) -> None:
+        self._first = ref(first)
+        self._version = first._version
+        self._norms: Any
+        if isinstance(steps, DeviceStep):
+            self._norms = steps.norm * steps.scale
+        else:
+            self._norms = [step.norm * step.scale for step in steps]
+        self._tolerance = max(1e-5, 4 * torch.finfo(first.dtype).eps)
+
+    def touch(self) -> None:
+        """Take the optimizer's own writes for ours: fused ones write the gradients they have scaled."""
+        first = self._first()
+        if first is not None:
+            self._version = first._version
+
+    def is_untouched(self, gradients: Gradients) -> bool:
+        """Return whether nobody has written to the first gradient."""
+        first = gradients.first
+        return first is not None and first is self._first() and first._version == self._version
+
+    def has_norms(self, norms: list[float]) -> bool:
+        """Return whether the norms are those that were left."""
+        return len(norms) == len(self._norms) and all(
+            abs(norm - left) <= self._tolerance * left for norm, left in zip(norms, self._norms, strict=True)
         )
-    if optimizer in _attached:
-        raise AutoClipError(
-            f"This {type(optimizer).__name__} has an AutoClip attached already, and a second one would record norms "
-            "that are clipped; use the first one, or detach() it."
-        )
-    clip = AutoClip(
-        optimizer, percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold
-    )
-    clip._handles = [
-        optimizer.register_step_pre_hook(clip._before_step),
-        optimizer.register_step_post_hook(clip._after_step),
-    ]
-    _attached.add(optimizer)
-    return clip
 
-
-def _as_tensors(params: Tensor | Iterable[Tensor] | torch.nn.Module) -> list[Tensor]:
-    if isinstance(params, torch.nn.Module):
-        return list(params.parameters())
-    if isinstance(params, Tensor):
-        return [params]
-    if not isinstance(params, Iterable):
-        raise AutoClipTypeError(
-            f"AutoClip takes tensors, a module or an optimizer, but a {type(params).__name__} was given."
-        )
-    tensors = list(params)
-    for index, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise AutoClipTypeError(
-                f"AutoClip takes tensors, but item {index} is a {type(tensor).__name__}; give model.parameters(), the "
-                "model itself, or its optimizer."
-            )
-    # A tensor given twice has one gradient, which must count once.
-    return list(dict.fromkeys(tensors))
-
-
-def _gradients(params: list[Tensor]) -> list[list[Tensor]]:
-    """Return the gradients as real, dense tensors that share their memory, one list per device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        grad = param.grad
-        if grad is None:
-            continue
-        if grad.layout is not torch.strided:
-            if grad.layout is torch.sparse_coo and not grad.is_coalesced():
-                param.grad = grad = grad.coalesce()
-            grad = grad.values()
-        if grad.is_complex():
-            # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
-            grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
-        groups.setdefault((grad.device, grad.dtype), []).append(grad)
-    return list(groups.values())
-
-
-def _total_norm(groups: list[list[Tensor]]) -> Tensor:
-    """Return the L2 norm over all gradients, in float32 or wider."""
-    norms: list[Tensor] = [
-        torch.linalg.vector_norm(
-            torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32)))
-        )
-        for grads in groups
-    ]
-    if len(norms) == 1:
-        return norms[0]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    return total
+    def has_norms_on_device(self, norms: Tensor) -> Tensor:
+        """Return the same as a tensor, shape ()."""
+        if norms.shape != self._norms.shape:
+            return torch.zeros((), dtype=torch.bool, device=norms.device)
+        same: Tensor = ((norms - self._norms).abs() <= self._tolerance * self._norms).all()
+        return same
