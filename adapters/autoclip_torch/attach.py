@@ -189,15 +189,14 @@ class _Hooks:
     ) -> None:
         """Have the optimizer divide the gradients in its own pass, or leave everything alone if the step is dropped."""
         if isinstance(steps, DeviceStep):
-            scale = steps.scale[0]
-            dropped = scale == 0.0
-            divisor = 1.0 / torch.where(dropped, 1.0, scale)
+            dropped = steps.scale[0] == 0.0
+            scale = torch.where(dropped, 1.0, steps.scale[0]).float()
             self._lend("found_inf", dropped.float() if found_inf is None else torch.maximum(found_inf, dropped))
         elif steps[0].scale == 1.0:
             return
         else:
-            divisor = torch.tensor(1.0 / steps[0].scale)
-        self._lend("grad_scale", divisor.float() if grad_scale is None else grad_scale * divisor.to(grad_scale))
+            scale = torch.tensor(steps[0].scale, dtype=torch.float32)
+        self._lend("grad_scale", 1.0 / scale if grad_scale is None else grad_scale / scale.to(grad_scale.device))
 
     def _lend(self, name: str, value: Tensor) -> None:
         self._lent.append((name, getattr(self._optimizer, name, _ABSENT)))
