@@ -352,7 +352,7 @@ def test_fused_optimizer_scales_by_itself(make, mode, monkeypatch):
         for left, right in zip(grads_of(folded), grads_of(by_hand), strict=True):
             assert (abs(left - right) <= ulp(right)).all()
         for left, right in zip(folded.parameters(), by_hand.parameters(), strict=True):
-            torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
             left.data.copy_(right)
         optimizer.load_state_dict(copy.deepcopy(hand.state_dict()))
     assert clipped > 10

@@ -1,0 +1,282 @@
+"""A clipped PyTorch step beside torch's own clipping and the procedure of the paper's authors."""
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from autoclip_torch import AutoClip, attach
+from torch import nn
+
+from bench.common import (
+    QUICK_NOTE,
+    Key,
+    Measurements,
+    facts_table,
+    machine_facts,
+    parse,
+    parser,
+    power,
+    ratio,
+    say,
+    shown,
+    table,
+)
+
+OPENING = """\
+What this isolates: the time between `backward()` and the next forward pass. There is no model: parameters get new
+gradients before every step, outside of the timing, the same ones for every subject. The history is filled with norms as
+large as theirs, so that AutoClip clips nine steps in ten, as it does at its default of the 10th percentile. Subjects
+take turns in every round; each number is the median of {rounds} rounds, in microseconds per step, on the CPU with
+{threads} threads. A step inside a fused optimizer has no clipping of its own to time, so it is compared with
+`clip_grad_norm_` followed by the same fused optimizer."""
+
+SIGMA = 0.3  # of the logarithm of the norms
+
+CLIP = "AutoClip.step"
+TORCH = "torch.nn.utils.clip_grad_norm_"
+NORM = "one norm pass (get_total_norm)"
+AUTHORS = "the authors' procedure"
+SHAPES = {"100 x 10k": (100, 10_000), "100 x 100k": (100, 100_000), "20 x 1M": (20, 1_000_000)}
+SMALL = ("10 x 1k", (10, 1_000))
+FEW, MANY = 10, 1_000_000
+
+OPTIMIZERS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-4, fused=True),
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, fused=True),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
+}
+
+
+class Subject:
+    """Parameters with gradients that are renewed before every step, and the step to time."""
+
+    def __init__(self, count: int, size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [nn.Parameter(torch.zeros(size)) for _ in range(count)]
+        self._fresh = [torch.randn(size, generator=generator) for _ in range(count)]
+        self._sizes = itertools.cycle(np.random.default_rng(2).lognormal(sigma=SIGMA, size=997).tolist())
+        self.grads = [grad.clone() for grad in self._fresh]
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        self.norm = float(count * size) ** 0.5
+        self.step: Callable[[], object] = lambda: None
+
+    def run(self, steps: int) -> float:
+        """Microseconds per step, without renewing the gradients."""
+        total = 0.0
+        for _ in range(steps):
+            torch._foreach_copy_(self.grads, self._fresh)
+            torch._foreach_mul_(self.grads, next(self._sizes))
+            begin = time.perf_counter()
+            self.step()
+            total += time.perf_counter() - begin
+        return total / steps * 1e6
+
+
+def fill(clip: AutoClip, norm: float, size: int) -> None:
+    """Norms around the one that the gradients have."""
+    for history in clip.histories.values():
+        history.extend(norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=size))
+
+
+def make_autoclip(count: int, size: int, history: int, scope: str = "global") -> Subject:
+    subject = Subject(count, size)
+    clip = AutoClip(subject.params, scope=scope)
+    fill(clip, subject.norm if scope == "global" else float(size) ** 0.5, history)
+    subject.step = clip.step
+    return subject
+
+
+def make_torch(count: int, size: int) -> Subject:
+    subject = Subject(count, size)
+    limit = 0.7 * subject.norm
+    subject.step = lambda: nn.utils.clip_grad_norm_(subject.params, limit)
+    return subject
+
+
+def make_norm(count: int, size: int) -> Subject:
+    subject = Subject(count, size)
+    subject.step = lambda: nn.utils.get_total_norm([param.grad for param in subject.params]).item()
+    return subject
+
+
+def make_authors(count: int, size: int, history: int) -> Subject:
+    """As published: the norm tensor by tensor on the host, a list, numpy.percentile, torch's clipping."""
+    subject = Subject(count, size)
+    norms = (subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history)).tolist()
+
+    def step() -> None:
+        total = 0.0
+        for param in subject.params:
+            if param.grad is not None:
+                total += param.grad.data.norm(2).item() ** 2
+        norms.append(total**0.5)
+        nn.utils.clip_grad_norm_(subject.params, np.percentile(norms, 10.0))
+
+    subject.step = step
+    return subject
+
+
+def make_fused(count: int, size: int, optimizer: str, *, autoclip: bool) -> Subject:
+    subject = Subject(count, size)
+    made = OPTIMIZERS[optimizer](subject.params)
+    if autoclip:
+        fill(attach(made), subject.norm, MANY)
+        subject.step = made.step
+        return subject
+    limit = 0.7 * subject.norm
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(subject.params, limit)
+        made.step()
+
+    subject.step = step
+    return subject
+
+
+def side_by_side(
+    measured: Measurements,
+    experiment: str,
+    stream: str,
+    subjects: dict[tuple[str, int], Subject],
+    rounds: int,
+    budget: float,
+) -> None:
+    """Take turns, each round as many steps as fit into the budget of seconds."""
+    say(f"  {experiment}, {stream}")
+    counts = {}
+    for key, subject in subjects.items():
+        subject.run(2)
+        counts[key] = max(1, min(1000, int(budget * 1e6 / subject.run(2))))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for (name, size), subject in subjects.items():
+                measured.add(Key(experiment, stream, size, name, "us"), subject.run(counts[name, size]))
+    finally:
+        gc.enable()
+
+
+def measure(shapes: dict[str, tuple[int, int]], layers: tuple[int, int], rounds: int, budget: float) -> Measurements:
+    measured = Measurements()
+    for stream, (count, size) in shapes.items():
+        subjects = {
+            (CLIP, MANY): make_autoclip(count, size, MANY),
+            (TORCH, 0): make_torch(count, size),
+            (NORM, 0): make_norm(count, size),
+        }
+        side_by_side(measured, "clip", stream, subjects, rounds, budget)
+    for stream, (count, size) in (next(iter(shapes.items())), SMALL):
+        subjects = {
+            (name, history): make(count, size, history)
+            for name, make in ((CLIP, make_autoclip), (AUTHORS, make_authors))
+            for history in (FEW, MANY)
+        }
+        side_by_side(measured, "authors", stream, subjects, rounds, budget)
+    stream, (count, size) = list(shapes.items())[-1]
+    for optimizer in OPTIMIZERS:
+        subjects = {
+            (CLIP, MANY): make_fused(count, size, optimizer, autoclip=True),
+            (TORCH, 0): make_fused(count, size, optimizer, autoclip=False),
+        }
+        side_by_side(measured, f"fused {optimizer}", stream, subjects, rounds, budget)
+    count, size = layers
+    side_by_side(
+        measured,
+        "scopes",
+        f"{count:,} x {size:,}",
+        {
+            ("global", 1000): make_autoclip(count, size, 1000),
+            ("parameter", 1000): make_autoclip(count, size, 1000, "parameter"),
+            (TORCH, 0): make_torch(count, size),
+        },
+        rounds,
+        budget,
+    )
+    return measured
+
+
+def targets(measured: Measurements, shapes: Sequence[str], layers: str) -> list[list[str]]:
+    def of(experiment: str, stream: str, name: str, size: int = 0) -> float | None:
+        return measured.median(experiment, stream, size, name, "us")
+
+    first, last = shapes[0], shapes[-1]
+    rows = [
+        (
+            f"{CLIP} at 10^6 norms / clip_grad_norm_, {stream}",
+            ratio(of("clip", stream, CLIP, MANY), of("clip", stream, TORCH)),
+            "at most 1.05",
+        )
+        for stream in shapes
+    ]
+    rows += [
+        (
+            f"fused {name}, AutoClip attached / clip_grad_norm_ + step, {last}",
+            ratio(of(f"fused {name}", last, CLIP, MANY), of(f"fused {name}", last, TORCH)),
+            f"at most {most}",
+        )
+        for name, most in zip(OPTIMIZERS, ("0.85", "0.90", "0.95"), strict=True)
+    ]
+    rows += [
+        (
+            f"{AUTHORS} / {CLIP}, {power(size)} norms, {stream}",
+            ratio(of("authors", stream, AUTHORS, size), of("authors", stream, CLIP, size)),
+            f"at least {least}",
+        )
+        for stream in (first, SMALL[0])
+        for size, least in ((FEW, "1.6"), (MANY, "50"))
+    ]
+    rows.append(
+        (
+            f'scope="parameter" / "global", {layers}',
+            ratio(of("scopes", layers, "parameter", 1000), of("scopes", layers, "global", 1000)),
+            "at most 3",
+        )
+    )
+    return [[question, shown(value), target] for question, value, target in rows]
+
+
+def report(
+    measured: Measurements, facts: dict[str, str], shapes: Sequence[str], layers: str, *, rounds: int, quick: bool
+) -> str:
+    rows = [
+        [key.experiment, key.stream, power(key.size) if key.size else "-", key.subject, shown(measured.median(*key))]
+        for key in measured.values
+        if key.metric == "us"
+    ]
+    rows = [[experiment, stream, subject, size, value] for experiment, stream, size, subject, value in rows]
+    parts = [
+        "# A clipped PyTorch step",
+        *([QUICK_NOTE] if quick else []),
+        OPENING.format(rounds=rounds, threads=torch.get_num_threads()),
+        "## Against the targets",
+        table(["question", "measured", "target"], targets(measured, shapes, layers)),
+        "## Microseconds per step",
+        table(["what", "gradients", "subject", "norms stored", "us"], rows),
+        facts_table(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    options = parse(parser(__doc__, rounds=9))
+    facts = machine_facts(["torch"])
+    shapes = {"10 x 1k": (10, 1_000), "5 x 10k": (5, 10_000)} if options.quick else SHAPES
+    layers = (50, 100) if options.quick else (1000, 1000)
+    say("python -m bench torch")
+    measured = measure(shapes, layers, options.rounds, 0.01 if options.quick else 0.3)
+    measured.write(options.output / "torch.csv")
+    page = report(
+        measured, facts, list(shapes), f"{layers[0]:,} x {layers[1]:,}", rounds=options.rounds, quick=options.quick
+    )
+    (options.output / "torch.md").write_text(page, encoding="utf-8")
+    print(table(["question", "measured", "target"], targets(measured, list(shapes), f"{layers[0]:,} x {layers[1]:,}")))
+    say(f"written: torch.csv and torch.md in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
