@@ -3,6 +3,7 @@
 Norms in, thresholds out. This package imports no framework, and numpy only when arrays are asked for.
 """
 
+from autoclip_core._backend import kernel_library
 from autoclip_core.clip import AutoClip, ClipStep
 from autoclip_core.errors import (
     AutoClipError,
@@ -32,6 +33,7 @@ __all__ = [
     "RankError",
     "SnapshotError",
     "StateError",
+    "kernel_library",
 ]
 
 

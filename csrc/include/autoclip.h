@@ -74,7 +74,8 @@ typedef enum autoclip_status {
     AUTOCLIP_BAD_SNAPSHOT = 8,   /* not a snapshot, or a damaged one */
     AUTOCLIP_NEW_SNAPSHOT = 9,   /* a sound snapshot of a format that this release does not know */
     AUTOCLIP_NO_HISTORY = 10,    /* no shared history has this id (any more) */
-    AUTOCLIP_BROKEN = 11         /* an invariant does not hold: memory was overwritten, or there is a bug */
+    AUTOCLIP_BROKEN = 11,        /* an invariant does not hold: memory was overwritten, or there is a bug */
+    AUTOCLIP_WRONG_STEP = 12     /* a step that is neither the next one nor a repetition of a recent one */
 } autoclip_status;
 
 /* Where memory comes from. `allocate` returns NULL when there is none left, else a block aligned for any type;
@@ -226,6 +227,14 @@ autoclip_status autoclip_shared_values(uint64_t id, double *norms, size_t capaci
 autoclip_status autoclip_shared_save_size(uint64_t id, size_t *size);
 autoclip_status autoclip_shared_save(uint64_t id, void *bytes, size_t capacity, size_t *size);
 autoclip_status autoclip_shared_check(uint64_t id, const char **reason);
+
+/* Observe a norm as step number `step` of a run, for programs that count their steps and may take one more than once:
+ * replicas of one computation, or one that is computed again. The steps of a history follow one another, and the first
+ * one may have any number up to that of the stored norms: a resumed run comes with its history. One of the last 8 steps
+ * with the same norm and percentile gets its threshold again and is not remembered twice; any other number is
+ * AUTOCLIP_WRONG_STEP. O(log n). */
+autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double norm, double percentile,
+                                             double *threshold);
 
 /* [end of declarations] */
 

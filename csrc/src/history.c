@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "percentile.h"
 #include "sort.h"
 
 /* --- Life ------------------------------------------------------------------------------------------------------- */
@@ -512,19 +513,14 @@ static void select_pair(autoclip_history *history, uint64_t rank, double pair[2]
     }
 }
 
-/* numpy's "linear" rule, operation by operation: the same bits come out. */
 static double percentile_of(autoclip_history *history, double percentile) {
-    const double position = (double)(history_size(history) - 1) * (percentile / 100.0);
+    const uint64_t size = history_size(history);
+    const double position = percentile_position(size, percentile);
     const uint64_t rank = (uint64_t)position;
-    const double fraction = position - (double)rank;
     double pair[2];
     select_pair(history, rank, pair);
-    if (rank + 1 == history_size(history)) pair[1] = pair[0];
-    const double difference = pair[1] - pair[0];
-    return fraction < 0.5 ? pair[0] + difference * fraction : pair[1] - difference * (1.0 - fraction);
+    return percentile_between(pair[0], rank + 1 < size ? pair[1] : pair[0], position - (double)rank);
 }
-
-static bool is_percentile(double percentile) { return percentile >= 0.0 && percentile <= 100.0; }
 
 autoclip_status autoclip_history_percentile(autoclip_history *history, double percentile, double *threshold) {
     if (!is_percentile(percentile)) return AUTOCLIP_BAD_PERCENTILE;

@@ -31,6 +31,15 @@ static void lock_release(lock_type *lock) { (void)pthread_mutex_unlock(lock); }
 /* --- The table -------------------------------------------------------------------------------------------------- */
 
 enum { FIRST_BLOCK = 64, BLOCKS = 26 }; /* all blocks together have fewer than 2^32 places */
+enum { RECENT_STEPS = 8 };              /* replicas wait for each other at every step, so two would do */
+
+/* A step as autoclip_shared_observe_step took it. */
+struct step {
+    uint64_t number;
+    double norm;
+    double percentile;
+    double threshold;
+};
 
 struct place {
     lock_type lock;
@@ -38,6 +47,8 @@ struct place {
     uint32_t generation;       /* from 1; the next history here gets the next one */
     uint32_t index;
     struct place *next_free;
+    uint64_t next_step; /* 0 before the first */
+    struct step recent[RECENT_STEPS];
 };
 
 static struct {
@@ -123,6 +134,8 @@ static autoclip_status publish(autoclip_history *history, uint64_t *id) {
     }
     lock_acquire(&place->lock);
     place->history = history;
+    place->next_step = 0;
+    for (int i = 0; i < RECENT_STEPS; ++i) place->recent[i].number = UINT64_MAX;
     *id = (uint64_t)place->generation << 32 | place->index;
     lock_release(&place->lock);
     return AUTOCLIP_OK;
@@ -186,6 +199,28 @@ autoclip_status autoclip_shared_merge(uint64_t id, uint64_t other) {
         }
     }
     lock_release(&first->lock);
+    return status;
+}
+
+autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double norm, double percentile,
+                                             double *threshold) {
+    struct place *place = acquire(id);
+    if (place == NULL) return AUTOCLIP_NO_HISTORY;
+    struct step *recent = &place->recent[step % RECENT_STEPS];
+    autoclip_status status = AUTOCLIP_WRONG_STEP;
+    if (place->next_step == 0 ? step <= autoclip_history_size(place->history) : step == place->next_step) {
+        double found;
+        status = autoclip_history_observe(place->history, norm, percentile, &found);
+        if (status == AUTOCLIP_OK) {
+            *recent = (struct step){.number = step, .norm = norm, .percentile = percentile, .threshold = found};
+            place->next_step = step + 1;
+            *threshold = found;
+        }
+    } else if (recent->number == step && recent->norm == norm && recent->percentile == percentile) {
+        status = AUTOCLIP_OK;
+        *threshold = recent->threshold;
+    }
+    lock_release(&place->lock);
     return status;
 }
 

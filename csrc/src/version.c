@@ -24,6 +24,9 @@ const char *autoclip_status_message(autoclip_status status) {
     case AUTOCLIP_NO_HISTORY: return "There is no history with this id, or it was destroyed.";
     case AUTOCLIP_BROKEN:
         return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
+    case AUTOCLIP_WRONG_STEP:
+        return "The step does not follow the last one of this history: restore both from one checkpoint, and use a "
+               "history in one run only.";
     }
     return "This is not a status of autoclip.";
 }
