@@ -75,8 +75,8 @@ def find_backend(name: str | None) -> type[Backend]:
 def kernel_library() -> str:
     """Return the path of the shared library that holds the compiled kernel and its table of shared histories.
 
-    For code that calls the kernel from C, as compiled programs do. The library is loaded already, and whoever opens it by
-    this path gets the same one. It has the functions of autoclip.h, and the doors of csrc/xla.
+    For code that calls the kernel from C, as compiled programs do. It is loaded already, and opening it by this path
+    finds the same one, with the functions of autoclip.h and the doors of csrc/xla.
 
     Raises:
         BackendError: the backend of new histories is not the compiled kernel, or none can be loaded.

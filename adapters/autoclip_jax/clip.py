@@ -15,14 +15,14 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Literal, NamedTuple
 
-import autoclip_core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from jax import Array
 
+import autoclip_core
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from autoclip_jax import kernel
 
 DEFAULT_WINDOW = 131_072
@@ -31,10 +31,10 @@ DEFAULT_WINDOW = 131_072
 class AutoClipState(NamedTuple):
     """The state of `autoclip`: the history, counts, and what was decided at the last step.
 
-    ascending, ring: the window's norms in order of size and of age, shape (window,), infinity where there is none yet;
-        None where a NormHistory holds them.
-    steps, recorded_steps, clipped_steps, nonfinite_steps: how many updates were seen, remembered, clipped, and had a NaN
-        or infinite norm; int32.
+    ascending, ring: the window's norms in order of size and of age, shape (window,), infinity where there is none yet.
+        With a NormHistory, which holds them, None and the last norm alone.
+    steps, recorded_steps, clipped_steps, nonfinite_steps: how many updates were seen, remembered, clipped, and not
+        finite; int32.
     grad_norm: the norm of the last updates before clipping.
     clip_threshold: the percentile of the history, at most `max_threshold`; infinity while there is none.
     clip_scale: the factor the updates got; 0 for updates that were dropped.
@@ -42,7 +42,7 @@ class AutoClipState(NamedTuple):
     """
 
     ascending: Array | None
-    ring: Array | None
+    ring: Array
     steps: Array
     recorded_steps: Array
     clipped_steps: Array
@@ -129,9 +129,10 @@ def autoclip(
             f"window must be at most {arrays.MAX_WINDOW:,} in the state, but {known_window:,} was given; "
             "history=NormHistory() has no bound."
         )
-    percentile = (
-        jnp.clip(percentile, 0.0, 100.0) if isinstance(percentile, jax.core.Tracer) else float(_known(percentile))
-    )
+    if isinstance(percentile, jax.core.Tracer):
+        percentile = jax.lax.stop_gradient(jnp.clip(percentile, 0.0, 100.0))
+    else:
+        percentile = float(_known(percentile))
     cap = inf if max_threshold is None else max_threshold
 
     def init(params: optax.Params) -> AutoClipState:
@@ -144,7 +145,7 @@ def autoclip(
         return AutoClipState(
             # Made one by one: arrays that are donated may not be the same.
             ascending=None if history is not None else jnp.full((known_window,), inf, jnp.float32),
-            ring=None if history is not None else jnp.full((known_window,), inf, jnp.float32),
+            ring=jnp.full((known_window if history is None else 1,), inf, jnp.float32),
             steps=jnp.zeros((), jnp.int32),
             recorded_steps=jnp.zeros((), jnp.int32),
             clipped_steps=jnp.zeros((), jnp.int32),
@@ -161,15 +162,18 @@ def autoclip(
         del params, extra
         _check_state(state, known_window, history)
         norm = _global_norm(updates)
-        remembered = arrays.norm_to_remember(jnp, norm)
-        ascending, ring = state.ascending, state.ring
+        # Where a step is differentiated, the threshold is a constant in it.
+        remembered = jax.lax.stop_gradient(arrays.norm_to_remember(jnp, norm))
+        ascending, ring = jax.lax.stop_gradient((state.ascending, state.ring))
         if history is None:
             ascending, ring, value = kernel.observe_window(
                 ascending, ring, state.recorded_steps, remembered, percentile
             )
             recorded_steps = state.recorded_steps + (remembered < inf)
         else:
-            recorded_steps, value = kernel.observe_tree(history.shared_id, state.recorded_steps, remembered, percentile)
+            recorded_steps, ring, value = kernel.observe_tree(
+                history.shared_id, state.recorded_steps, ring, remembered, percentile
+            )
         threshold, scale, clipped = arrays.decide(
             jnp, norm, value, recorded_steps, warmup=warmup, nonfinite=nonfinite, max_threshold=cap
         )

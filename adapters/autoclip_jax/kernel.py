@@ -49,19 +49,6 @@ def _obstacle() -> str:
     return ""
 
 
-def demand() -> None:
-    """Raise if the handlers cannot be registered.
-
-    Raises:
-        BackendError: they cannot; the message says why.
-    """
-    if _obstacle():
-        raise BackendError(
-            f"A NormHistory needs the compiled kernel inside JAX, which cannot be registered ({_obstacle()}); leave out "
-            "history, and the last `window` norms are kept in the optimizer's state."
-        )
-
-
 def observe_window(
     ascending: Array, ring: Array, recorded_steps: Array, norm: Array, percentile: float | Array
 ) -> tuple[Array, Array, Array]:
@@ -83,14 +70,28 @@ def observe_window(
     return jax.lax.platform_dependent(*operands, cpu=by_kernel, default=by_numpy)
 
 
-def observe_tree(shared_id: int, step: Array, norm: Array, percentile: float | Array) -> tuple[Array, Array]:
-    """Take step `step` of a shared history; return the number of the next step, and the percentile."""
+def observe_tree(
+    shared_id: int, step: Array, last: Array, norm: Array, percentile: float | Array
+) -> tuple[Array, Array, Array]:
+    """Take step `step` of a shared history, which came after the norm `last`, shape (1,).
+
+    Returns:
+        The number of the next step, its last norm, and the percentile.
+
+    Raises:
+        BackendError: the kernel cannot be registered here.
+    """
+    if _obstacle():
+        raise BackendError(
+            f"A history needs the compiled kernel inside JAX, which cannot be registered ({_obstacle()}); leave it out, "
+            "and the optimizer's state keeps the last `window` norms."
+        )
 
     def call(target: str) -> Any:
-        made = jax.ffi.ffi_call(target, (step, norm), vmap_method="sequential")
+        made = jax.ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
         return lambda *operands: made(*operands, _exact(percentile), history=np.int64(shared_id))
 
-    return jax.lax.platform_dependent(step, norm, cpu=call(_TREE), default=call(_NO_TREE))
+    return jax.lax.platform_dependent(step, last, norm, cpu=call(_TREE), default=call(_NO_TREE))
 
 
 def _exact(percentile: float | Array) -> Array:

@@ -75,7 +75,7 @@ typedef enum autoclip_status {
     AUTOCLIP_NEW_SNAPSHOT = 9,   /* a sound snapshot of a format that this release does not know */
     AUTOCLIP_NO_HISTORY = 10,    /* no shared history has this id (any more) */
     AUTOCLIP_BROKEN = 11,        /* an invariant does not hold: memory was overwritten, or there is a bug */
-    AUTOCLIP_WRONG_STEP = 12     /* a step that is neither the next one nor a repetition of a recent one */
+    AUTOCLIP_WRONG_STEP = 12     /* a step that does not follow from those taken before */
 } autoclip_status;
 
 /* Where memory comes from. `allocate` returns NULL when there is none left, else a block aligned for any type;
@@ -228,13 +228,15 @@ autoclip_status autoclip_shared_save_size(uint64_t id, size_t *size);
 autoclip_status autoclip_shared_save(uint64_t id, void *bytes, size_t capacity, size_t *size);
 autoclip_status autoclip_shared_check(uint64_t id, const char **reason);
 
-/* Observe a norm as step number `step` of a run, for programs that count their steps and may take one more than once:
- * replicas of one computation, or one that is computed again. The steps of a history follow one another, and the first
- * one may have any number up to that of the stored norms: a resumed run comes with its history. One of the last 8 steps
- * with the same norm and percentile gets its threshold again and is not remembered twice; any other number is
+/* Observe a norm as step `step` of a run, for programs whose state is a value: replicas take a step side by side, a step
+ * may be computed again, and its outcome may be thrown away. `previous` is the norm of the step before in that state;
+ * at the first step it is not looked at. A resumed run comes with its history: the first step may have any number up to
+ * that of the stored norms. From then on steps follow one another, each from the `previous` it names. A step taken again
+ * with the same norm and percentile (one of the last 8 calls) gets its threshold again and is remembered once. The last
+ * step taken again with another norm, from the same `previous`, is replaced (not in a window). All else is
  * AUTOCLIP_WRONG_STEP. O(log n). */
-autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double norm, double percentile,
-                                             double *threshold);
+autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double previous, double norm,
+                                             double percentile, double *threshold);
 
 /* [end of declarations] */
 

@@ -180,6 +180,12 @@ static bool buffer_erase(autoclip_history *history, double norm) {
     return true;
 }
 
+void history_erase(autoclip_history *history, double norm) {
+    if (buffer_erase(history, norm)) return;
+    ostree_erase(&history->tree, norm);
+    forget_cursor(history);
+}
+
 /* How many leaves are on their way from memory while one is worked on. */
 enum { PREFETCH_AHEAD = 8 };
 
@@ -287,10 +293,7 @@ static void remember(autoclip_history *history, double norm) {
             const double oldest = history_by_age(history, 0);
             if (!buffer_erase(history, oldest)) {
                 if (settle(history) == AUTOCLIP_OK) recall_oldest(history);
-                if (!buffer_erase(history, oldest)) {
-                    ostree_erase(&history->tree, oldest);
-                    forget_cursor(history);
-                }
+                history_erase(history, oldest);
             }
             history->ring[history->ring_first] = norm;
             history->ring_first = history->ring_first + 1 < history->window ? history->ring_first + 1 : 0;

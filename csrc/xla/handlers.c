@@ -9,9 +9,9 @@
  *       The last N norms in two arrays that belong to the program: ascending, and in order of age in a ring. Unused
  *       places hold infinities. `remembered` is the number of norms ever remembered, this one not among them. O(N).
  *
- *   autoclip_xla_tree    (step s32, norm f32, percentile f32[] or f64[]) -> (step s32, threshold f32)
- *       attribute `history` s64: an id of the table of shared histories, in which the norm is remembered as step `step`;
- *       the step that comes back is the number of the next one. O(log n). */
+ *   autoclip_xla_tree    (step s32, last f32[1], norm f32, percentile f32[] or f64[]) -> (step, last, threshold f32)
+ *       attribute `history` s64: an id of the table of shared histories, in which the norm is remembered as step `step`
+ *       after the norm `last`. What comes back is the number of the next step, and its last norm. O(log n). */
 #include "ffi.h"
 
 #include <math.h>
@@ -154,29 +154,31 @@ xla_error *autoclip_xla_window(xla_call *call) {
 /* --- In the tree ------------------------------------------------------------------------------------------------ */
 
 xla_error *autoclip_xla_tree(xla_call *call) {
-    static const int operands[] = {XLA_S32, XLA_F32};
-    static const int results[] = {XLA_S32, XLA_F32};
+    static const int operands[] = {XLA_S32, XLA_F32, XLA_F32};
+    static const int results[] = {XLA_S32, XLA_F32, XLA_F32};
     if (answer_metadata(call)) return NULL;
     const xla_attributes *attributes = &call->attributes;
     const xla_scalar *history = attributes->count == 1 ? attributes->values[0] : NULL;
-    if (!fits(call, 2, operands, 2, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
+    if (!fits(call, 3, operands, 3, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
         history->type != XLA_S64) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_tree: bad call");
     }
     const uint64_t id = *(uint64_t *)history->value;
     const uint32_t step = *(uint32_t *)operand(call, 0);
-    const double norm = (double)*(float *)operand(call, 1);
-    const double percentile = sum(call->operands.buffers[2]);
+    const float last = *(float *)operand(call, 1);
+    const float norm = *(float *)operand(call, 2);
+    const double percentile = sum(call->operands.buffers[3]);
     double threshold = INFINITY;
     autoclip_status status;
     if (isfinite(norm)) {
-        status = autoclip_shared_observe_step(id, step, norm, percentile, &threshold);
+        status = autoclip_shared_observe_step(id, step, (double)last, (double)norm, percentile, &threshold);
     } else {
         status = autoclip_shared_percentile(id, percentile, &threshold);
         if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
     }
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
     *(uint32_t *)result(call, 0) = step + isfinite(norm);
-    *(float *)result(call, 1) = (float)threshold;
+    *(float *)result(call, 1) = isfinite(norm) ? norm : last;
+    *(float *)result(call, 2) = (float)threshold;
     return NULL;
 }
