@@ -83,7 +83,7 @@ def observe_tree(
     """
     if _obstacle():
         raise BackendError(
-            f"A history needs the compiled kernel inside JAX, which cannot be registered ({_obstacle()}); leave it out, "
+            f"A history needs the compiled kernel, which cannot be registered with JAX ({_obstacle()}); leave it out, "
             "and the optimizer's state keeps the last `window` norms."
         )
 

@@ -109,10 +109,10 @@ def test_vmap_over_one_tree_is_refused():
     tx = autoclip(history=NormHistory())
     states = jax.vmap(tx.init)(jnp.ones((3, 1)))
     step = jax.vmap(tx.update)
+    norms = jnp.array([[1.0], [2.0], [3.0]])
+    _, states = step(norms, states)
     with pytest.raises(jax.errors.JaxRuntimeError, match="use a history in one run only"):
-        for _ in range(2):
-            _, states = step(jnp.array([[1.0], [2.0], [3.0]]), states)
-        jax.block_until_ready(states)
+        jax.block_until_ready(step(norms, states))
 
 
 def test_remat_takes_each_step_once(options):
