@@ -4,6 +4,7 @@ Norms in, thresholds out. This package imports no framework, and numpy only when
 """
 
 from autoclip_core import arrays
+from autoclip_core._backend import kernel_library
 from autoclip_core.clip import AutoClip, ClipStep
 from autoclip_core.errors import (
     AutoClipError,
@@ -34,6 +35,7 @@ __all__ = [
     "SnapshotError",
     "StateError",
     "arrays",
+    "kernel_library",
 ]
 
 

@@ -28,6 +28,7 @@ class Backend(Protocol):
     """One history, as a backend keeps it. The arguments have been checked; arrays are contiguous float64."""
 
     name: ClassVar[str]
+    library: ClassVar[str | None]  # the path of the compiled kernel, if it is one
 
     def __init__(self, window: int | None) -> None: ...
     @classmethod
@@ -52,6 +53,8 @@ class Backend(Protocol):
     def window(self) -> int | None: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def shared_id(self) -> int | None: ...
 
 
 def find_backend(name: str | None) -> type[Backend]:
@@ -68,6 +71,21 @@ def find_backend(name: str | None) -> type[Backend]:
     if name is not None and name not in _REMEDIES:
         raise AutoClipValueError(f'backend must be "native", "numba" or None, but {name!r} was given.')
     return _load(name)
+
+
+def kernel_library() -> str:
+    """Return the path of the shared library that holds the compiled kernel and its table of shared histories.
+
+    For code that calls the kernel from C, as compiled programs do. It is loaded already, and opening it by this path
+    finds the same one, with the functions of autoclip.h and the doors of csrc/xla.
+
+    Raises:
+        BackendError: the backend of new histories is not the compiled kernel, or none can be loaded.
+    """
+    backend = find_backend(None)
+    if backend.library is None:
+        raise BackendError(f"The backend is {backend.name!r}, and only the native one has a library to call from C.")
+    return backend.library
 
 
 @cache

@@ -65,6 +65,7 @@ class History:
     __slots__ = ("__weakref__", "_id")
 
     name: ClassVar[str] = "native"
+    library: ClassVar[str | None] = _kernel.__file__
     _id: int
 
     def __init__(self, window: int | None) -> None:
@@ -216,6 +217,10 @@ class History:
         window = ffi.new("uint64_t *")
         _expect_ok(lib.autoclip_shared_window(self._id, window))
         return window[0] or None
+
+    @property
+    def shared_id(self) -> int:
+        return self._id
 
     @property
     def nbytes(self) -> int:

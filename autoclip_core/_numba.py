@@ -559,6 +559,8 @@ class History:
     __slots__ = ("__weakref__", "_state", "_window")
 
     name: ClassVar[str] = "numba"
+    library: ClassVar[str | None] = None
+    shared_id: ClassVar[int | None] = None
     _state: tuple[Ints, Floats, Floats]  # facts, pool, ring
     _window: int | None
 

@@ -1,14 +1,17 @@
-"""The rule over arrays, for devices and compiled graphs: no value is read by the host, and no shape depends on one.
+"""The rule of AutoClip over arrays: what a compiled program or a device computes by itself.
 
-`xp` is the namespace of array functions: torch, jax.numpy, or another that has the few used here under the same names.
-The bits are those of the core where the arrays are float64. Leading dimensions (...) are independent histories.
+`clip.AutoClip` states the rule for a norm on the host. Here it stands once more, in the operations that array libraries
+share, for programs that cannot ask the host. What shaped this module:
 
-The deferred threshold. Norms reach the host late, and the threshold of a step is wanted at once. Let the host's history
-hold n norms, and let m more, that of the current step included, still be on the device. Each of them moves a rank by at
-most one, so the percentile of all n + m lies among those m and the few norms of the history around the rank asked for.
-The host sends these few (`deferred_table`), and the device finds the percentile (`deferred_threshold`), whatever the m
-turn out to be: which of them count, and which old norms they push out of a window. It is the percentile of the rule to
-the last bit, and not an estimate of it.
+- It imports nothing. `xp` is the array library: torch, jax.numpy, or another with the few names used here.
+- Shapes are fixed and nothing branches on a value, so that every function can be compiled.
+- A norm that is not to be remembered goes through the same operations as infinity, and changes nothing. So no NaN ever
+  enters an array of norms, where one would spread to all.
+
+There are two ways to have a threshold without asking the host. Either the program keeps a window of the last N norms,
+in two arrays of shape (N,): the norms ascending, and the same in order of age in a ring, places without a norm holding
+infinity (`observe`). Or the host keeps the history, and the program is told the few norms around the percentile in
+advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
 """
 
 from __future__ import annotations
@@ -19,7 +22,119 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoclip_core.clip import AutoClip
 
-_SIZE, _FIRST, _RECORDED, _NORMS = range(4)  # the columns of a table: three numbers, then norms
+# The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
+# history), and a rank times a digit of the percentile has to fit.
+MAX_WINDOW = 2**24
+
+_BASE = 128
+_DIGITS = 8
+
+
+# The columns of a deferred table: three numbers, then norms.
+_SIZE, _FIRST, _RECORDED, _NORMS = range(4)
+
+
+def norm_to_remember(xp: Any, norm: Any) -> Any:
+    """Return the norm if the rule remembers it, else infinity: a zero carries no scale, NaN and infinity no size."""
+    return xp.where(xp.isfinite(norm) & (norm > 0.0), norm, inf)
+
+
+def observe(
+    xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any, percentile: Any
+) -> tuple[Any, Any, Any]:
+    """Let a norm enter a window, the oldest leaving if it is full, then find the percentile. O(N).
+
+    Args:
+        xp: the array library.
+        ascending: the norms of the window, shape (N,), N at most `MAX_WINDOW`.
+        ring: the same norms in order of age, shape (N,).
+        recorded_steps: how many norms have entered before, an int32 scalar.
+        norm: what `norm_to_remember` returned.
+        percentile: from 0 to 100, a Python float or a scalar array.
+
+    Returns:
+        The two arrays with the norm in them, and the percentile: infinity if they are empty.
+    """
+    ascending, ring = remember(xp, ascending, ring, recorded_steps, norm)
+    size = xp.minimum(recorded_steps + xp.astype(norm < inf, xp.int32), ascending.shape[0])
+    return ascending, ring, percentile_of(xp, ascending, size, percentile)
+
+
+def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
+    """Do the first half of `observe`: return the two arrays with the norm in them. One pass over each."""
+    window = ascending.shape[0]
+    place = recorded_steps % window
+    enters = norm < inf
+    oldest = xp.where(enters, ring[place], inf)
+    edge = xp.full((1,), inf, dtype=ascending.dtype)
+    # Without the oldest all that follow it move down by one; then all above the norm move up by one.
+    ascending = xp.where(ascending < oldest, ascending, xp.concat([ascending[1:], edge]))
+    ascending = xp.maximum(xp.concat([-edge, ascending[:-1]]), xp.minimum(ascending, norm))
+    return ascending, xp.where((xp.arange(window) == place) & enters, norm, ring)
+
+
+def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
+    """Return the percentile of the first `size` of the ascending norms, infinity if there are none.
+
+    The two norms that it lies between are exact; the result is within 1 unit in the last place of the percentile by
+    `numpy.percentile` in float64, rounded to the type of the norms.
+
+    Args:
+        xp: the array library.
+        ascending: norms, shape (N,), N at most `MAX_WINDOW`.
+        size: how many of them count, an int32 scalar.
+        percentile: from 0 to 100, a Python number or a scalar array.
+    """
+    rank, fraction, rest = _position(xp, xp.maximum(size - 1, 0), percentile)
+    low = ascending[rank]
+    high = ascending[xp.minimum(rank + 1, xp.maximum(size - 1, 0))]
+    # The difference and the fraction have more digits than one float: each is a sum of two.
+    difference = high - low
+    lost = (high - difference) - low
+    between = low + (difference * fraction + (lost * fraction + difference * rest))
+    return xp.where(size > 0, xp.minimum(between, high), inf)
+
+
+def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
+    """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
+
+    By hand, as on paper, in base 128: first the product with the digits of the percentile, from the last one on, then
+    its division by 100, from the first one on.
+    """
+    digits = []
+    for _ in range(1 + _DIGITS):
+        digit = int(percentile) if isinstance(percentile, float) else xp.astype(percentile, xp.int32)
+        digits.append(digit)
+        percentile = (percentile - digit) * _BASE
+    carry: Any = 0
+    product = []
+    for digit in reversed(digits[1:]):
+        carry = last * digit + carry
+        product.append(carry % _BASE)
+        carry = carry // _BASE
+    whole = last * digits[0] + carry
+    rank, rest = whole // 100, whole % 100
+    quotient = []
+    for digit in reversed(product):
+        rest = rest * _BASE + digit
+        quotient.append(xp.astype(rest // 100, xp.float32))
+        rest = rest % 100
+    # Three digits are exact in a float32.
+    return rank, _fraction(quotient[:3]), _fraction(quotient[3:]) / _BASE**3
+
+
+def _fraction(digits: list[Any]) -> Any:
+    value: Any = 0.0
+    for digit in reversed(digits):
+        value = (digit + value) / _BASE
+    return value
+
+
+# The deferred threshold. Let the host's history hold n norms, and let m more, that of the current step included, still
+# be on the device. Each of them moves a rank by at most one, so the percentile of all n + m lies among those m and the
+# few norms of the history around the rank asked for. The host sends these few, and the device finds the percentile,
+# whatever the m turn out to be: which of them count, and which old norms they push out of a window. In float64 it has
+# the bits of the core; it is no estimate.
 
 
 def deferred_table(clip: AutoClip, pending: int, percentile: float) -> list[float]:
@@ -47,7 +162,7 @@ def deferred_threshold(xp: Any, table: Any, pending: Any, percentile: float, win
     """Find the percentile of a history and of the norms that have not reached it.
 
     Args:
-        xp: the namespace.
+        xp: the array library.
         table: shape (..., columns), rows made by `deferred_table` for as many pending norms, float64.
         pending: shape (..., m), the norms in order, the current one last, float64. Those that are not finite and
             positive do not count.
@@ -59,7 +174,7 @@ def deferred_threshold(xp: Any, table: Any, pending: Any, percentile: float, win
         the current one, shape (...).
     """
     count = pending.shape[-1]
-    entering = xp.where(is_recorded(xp, pending), pending, inf)
+    entering = norm_to_remember(xp, pending)
     entered = xp.sum(entering < inf, -1)
     known = table[..., _NORMS : -count if window else None]
     candidates = xp.concat([known, entering], -1)
@@ -87,11 +202,6 @@ def interpolate(xp: Any, below: Any, above: Any, fraction: Any) -> Any:
     return xp.where(fraction < 0.5, below + difference * fraction, above - difference * (1 - fraction))
 
 
-def is_recorded(xp: Any, norm: Any) -> Any:
-    """Return where a norm enters the history: where it is finite and above 0."""
-    return xp.isfinite(norm) & (norm > 0)
-
-
 def decide(
     xp: Any,
     norm: Any,
@@ -99,29 +209,27 @@ def decide(
     recorded_steps: Any,
     *,
     warmup: int = 0,
-    drop_nonfinite: bool = True,
+    nonfinite: str = "skip",
     max_threshold: float = inf,
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Decide a step as `AutoClip.observe` does.
 
     Args:
-        xp: the namespace.
+        xp: the array library.
         norm: the norm of the step.
         threshold: the percentile of the history with that norm.
         recorded_steps: how many norms were recorded until and with it.
         warmup: as for `AutoClip`.
-        drop_nonfinite: whether the scale of a non-finite norm is 0 instead of 1.
+        nonfinite: what a NaN or infinite norm does. "pass": the scale is 1. Otherwise it is 0.
         max_threshold: as for `AutoClip`.
 
     Returns:
-        The fields of a ClipStep behind the norm: threshold, scale, clipped, recorded. A scale of 0 means "drop this
-        update", as in ClipStep.
+        The threshold, the scale and whether it clips, as in ClipStep: a scale of 0 means "drop this update".
     """
-    recorded = is_recorded(xp, norm)
     threshold = xp.where(threshold > max_threshold, max_threshold, threshold)
     limit = xp.where(recorded_steps > warmup, threshold, max_threshold)
-    clipped = recorded & (norm > limit)
+    clipped = xp.isfinite(norm) & (norm > limit)
     scale = xp.where(clipped, limit / norm, 1.0)
-    if drop_nonfinite:
+    if nonfinite != "pass":
         scale = xp.where(xp.isfinite(norm), scale, 0.0)
-    return threshold, scale, clipped, recorded
+    return threshold, scale, clipped

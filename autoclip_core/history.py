@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from autoclip_core._backend import Backend, find_backend
-from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, bad_norm, bad_percentile
+from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, BackendError, bad_norm, bad_percentile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -296,6 +296,24 @@ class NormHistory:
     def nbytes(self) -> int:
         """All bytes held from the allocator."""
         return self._backend.nbytes
+
+    @property
+    def shared_id(self) -> int:
+        """The id by which C code reaches this very history, through the autoclip_shared_* functions of autoclip.h.
+
+        A compiled program can hold it where it could hold no object. The id is known while this object lives, in this
+        process, and is never given to another history.
+
+        Raises:
+            BackendError: the backend is not the compiled kernel.
+        """
+        shared_id = self._backend.shared_id
+        if shared_id is None:
+            raise BackendError(
+                f"A history of the {self.backend!r} backend cannot be reached from C; it takes the compiled kernel: "
+                'NormHistory(backend="native").'
+            )
+        return shared_id
 
     def __len__(self) -> int:
         return len(self._backend)

@@ -114,7 +114,7 @@ class AutoClip:
         self._process_group = process_group
         self._options = {
             "warmup": warmup,
-            "drop_nonfinite": nonfinite != "pass",
+            "nonfinite": nonfinite,
             "max_threshold": inf if max_threshold is None else max_threshold,
         }
         self._deferred: Deferred | None = None
@@ -417,7 +417,7 @@ class AutoClip:
     def _apply(self, gradients: Gradients, steps: list[ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
-            keep = (steps.scale > 0.0).all() if self._options["drop_nonfinite"] else None
+            keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
             gradients.scale_on_device_(steps.scale, keep)
         elif is_dropped(steps):
             gradients.zero_()

@@ -7,6 +7,7 @@ then the device keeps them, and finds the threshold of the next step from them a
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -103,7 +104,8 @@ class Deferred:
         self._pending.append(latest)
         pending = torch.stack([step.norms for step in self._pending], -1)
         threshold, recorded_steps = arrays.deferred_threshold(torch, table, pending, percentile, self._window)
-        return DeviceStep(norms, *arrays.decide(torch, norms, threshold, recorded_steps, **self._options))
+        decision = arrays.decide(torch, norms, threshold, recorded_steps, **self._options)
+        return DeviceStep(norms, *decision, arrays.norm_to_remember(torch, norms) < inf)
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""

@@ -75,7 +75,8 @@ typedef enum autoclip_status {
     AUTOCLIP_NEW_SNAPSHOT = 9,   /* a sound snapshot of a format that this release does not know */
     AUTOCLIP_NO_HISTORY = 10,    /* no shared history has this id (any more) */
     AUTOCLIP_BROKEN = 11,        /* an invariant does not hold: memory was overwritten, or there is a bug */
-    AUTOCLIP_NO_WINDOW = 12      /* a history without a window does not know the age of its norms */
+    AUTOCLIP_NO_WINDOW = 12,     /* a history without a window does not know the age of its norms */
+    AUTOCLIP_WRONG_STEP = 13     /* a step that does not follow from those taken before */
 } autoclip_status;
 
 /* Where memory comes from. `allocate` returns NULL when there is none left, else a block aligned for any type;
@@ -231,6 +232,16 @@ autoclip_status autoclip_shared_values(uint64_t id, double *norms, size_t capaci
 autoclip_status autoclip_shared_save_size(uint64_t id, size_t *size);
 autoclip_status autoclip_shared_save(uint64_t id, void *bytes, size_t capacity, size_t *size);
 autoclip_status autoclip_shared_check(uint64_t id, const char **reason);
+
+/* Observe a norm as step `step` of a run, for programs whose state is a value: replicas take a step side by side, a step
+ * may be computed again, and its outcome may be thrown away. `previous` is the norm of the step before in that state;
+ * at the first step it is not looked at. A resumed run comes with its history: the first step may have any number up to
+ * that of the stored norms. From then on steps follow one another, each from the `previous` it names. A step taken again
+ * with the same norm and percentile (one of the last 8 calls) gets its threshold again and is remembered once. The last
+ * step taken again with another norm, from the same `previous`, is replaced (not in a window). All else is
+ * AUTOCLIP_WRONG_STEP. O(log n). */
+autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double previous, double norm,
+                                             double percentile, double *threshold);
 
 /* [end of declarations] */
 

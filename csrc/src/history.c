@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "percentile.h"
 #include "sort.h"
 
 /* --- Life ------------------------------------------------------------------------------------------------------- */
@@ -179,6 +180,12 @@ static bool buffer_erase(autoclip_history *history, double norm) {
     return true;
 }
 
+void history_erase(autoclip_history *history, double norm) {
+    if (buffer_erase(history, norm)) return;
+    ostree_erase(&history->tree, norm);
+    forget_cursor(history);
+}
+
 /* How many leaves are on their way from memory while one is worked on. */
 enum { PREFETCH_AHEAD = 8 };
 
@@ -286,10 +293,7 @@ static void remember(autoclip_history *history, double norm) {
             const double oldest = history_by_age(history, 0);
             if (!buffer_erase(history, oldest)) {
                 if (settle(history) == AUTOCLIP_OK) recall_oldest(history);
-                if (!buffer_erase(history, oldest)) {
-                    ostree_erase(&history->tree, oldest);
-                    forget_cursor(history);
-                }
+                history_erase(history, oldest);
             }
             history->ring[history->ring_first] = norm;
             history->ring_first = history->ring_first + 1 < history->window ? history->ring_first + 1 : 0;
@@ -512,19 +516,14 @@ static void select_pair(autoclip_history *history, uint64_t rank, double pair[2]
     }
 }
 
-/* numpy's "linear" rule, operation by operation: the same bits come out. */
 static double percentile_of(autoclip_history *history, double percentile) {
-    const double position = (double)(history_size(history) - 1) * (percentile / 100.0);
+    const uint64_t size = history_size(history);
+    const double position = percentile_position(size, percentile);
     const uint64_t rank = (uint64_t)position;
-    const double fraction = position - (double)rank;
     double pair[2];
     select_pair(history, rank, pair);
-    if (rank + 1 == history_size(history)) pair[1] = pair[0];
-    const double difference = pair[1] - pair[0];
-    return fraction < 0.5 ? pair[0] + difference * fraction : pair[1] - difference * (1.0 - fraction);
+    return percentile_between(pair[0], rank + 1 < size ? pair[1] : pair[0], position - (double)rank);
 }
-
-static bool is_percentile(double percentile) { return percentile >= 0.0 && percentile <= 100.0; }
 
 autoclip_status autoclip_history_percentile(autoclip_history *history, double percentile, double *threshold) {
     if (!is_percentile(percentile)) return AUTOCLIP_BAD_PERCENTILE;

@@ -56,6 +56,9 @@ history_iterator history_iterate(const autoclip_history *history);
 /* Write the next `count` norms, which must be there; always true: it is an ostree_reader. */
 bool history_read(void *iterator, double *norms, size_t count);
 
+/* Forget one norm equal to `norm`, if there is one, of a history without a window. */
+void history_erase(autoclip_history *history, double norm);
+
 /* Replace all norms of an empty history without a window by `size` of them from a reader, in ascending order. */
 autoclip_status history_build(autoclip_history *history, uint64_t size, ostree_reader *read, void *source);
 

@@ -8,7 +8,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "memory.h"
+#include "history.h"
+#include "percentile.h"
 
 /* --- A lock ----------------------------------------------------------------------------------------------------- */
 
@@ -31,6 +32,15 @@ static void lock_release(lock_type *lock) { (void)pthread_mutex_unlock(lock); }
 /* --- The table -------------------------------------------------------------------------------------------------- */
 
 enum { FIRST_BLOCK = 64, BLOCKS = 26 }; /* all blocks together have fewer than 2^32 places */
+enum { RECENT_STEPS = 8 };              /* replicas wait for each other at every step, so few would do */
+
+/* A step as autoclip_shared_observe_step took it. */
+struct step {
+    uint64_t number;
+    double norm;
+    double percentile;
+    double threshold;
+};
 
 struct place {
     lock_type lock;
@@ -38,6 +48,11 @@ struct place {
     uint32_t generation;       /* from 1; the next history here gets the next one */
     uint32_t index;
     struct place *next_free;
+    /* For autoclip_shared_observe_step: */
+    uint64_t next_step;    /* 0 before the first */
+    double norm, previous; /* of the last step, and of the one before it */
+    struct step recent[RECENT_STEPS];
+    uint32_t recent_next;
 };
 
 static struct {
@@ -123,6 +138,8 @@ static autoclip_status publish(autoclip_history *history, uint64_t *id) {
     }
     lock_acquire(&place->lock);
     place->history = history;
+    place->next_step = 0;
+    for (int i = 0; i < RECENT_STEPS; ++i) place->recent[i].number = UINT64_MAX;
     *id = (uint64_t)place->generation << 32 | place->index;
     lock_release(&place->lock);
     return AUTOCLIP_OK;
@@ -186,6 +203,61 @@ autoclip_status autoclip_shared_merge(uint64_t id, uint64_t other) {
         }
     }
     lock_release(&first->lock);
+    return status;
+}
+
+static const struct step *find_step(const struct place *place, uint64_t number, double norm) {
+    for (int i = 0; i < RECENT_STEPS; ++i) {
+        const struct step *step = &place->recent[i];
+        if (step->number == number && step->norm == norm) return step;
+    }
+    return NULL;
+}
+
+static autoclip_status take_step(struct place *place, struct step *step, double previous) {
+    const struct step *known = find_step(place, step->number, step->norm);
+    if (known != NULL && known->percentile == step->percentile) {
+        step->threshold = known->threshold;
+        return AUTOCLIP_OK;
+    }
+    if (!is_percentile(step->percentile)) return AUTOCLIP_BAD_PERCENTILE;
+    autoclip_history *history = place->history;
+    const double norms[2] = {step->norm, previous};
+    size_t count = 1;
+    bool replaces = false;
+    if (place->next_step == 0) {
+        if (step->number > history_size(history)) return AUTOCLIP_WRONG_STEP;
+    } else if (step->number == place->next_step) {
+        /* The run may go on from an outcome of the last step that was not the last to come. */
+        if (previous != place->norm) {
+            if (find_step(place, step->number - 1, previous) == NULL) return AUTOCLIP_WRONG_STEP;
+            replaces = true;
+            count = 2;
+        }
+    } else {
+        if (step->number + 1 != place->next_step || previous != place->previous) return AUTOCLIP_WRONG_STEP;
+        replaces = true;
+    }
+    if (replaces && history->window > 0) return AUTOCLIP_WRONG_STEP;
+    autoclip_status status = autoclip_history_extend(history, norms, count);
+    if (status != AUTOCLIP_OK) return status;
+    if (replaces) history_erase(history, place->norm);
+    (void)autoclip_history_percentile(history, step->percentile, &step->threshold);
+    place->recent[place->recent_next++ % RECENT_STEPS] = *step;
+    place->next_step = step->number + 1;
+    place->previous = previous;
+    place->norm = step->norm;
+    return AUTOCLIP_OK;
+}
+
+autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double previous, double norm,
+                                             double percentile, double *threshold) {
+    struct place *place = acquire(id);
+    if (place == NULL) return AUTOCLIP_NO_HISTORY;
+    struct step taken = {.number = step, .norm = norm, .percentile = percentile};
+    const autoclip_status status = take_step(place, &taken, previous);
+    lock_release(&place->lock);
+    if (status == AUTOCLIP_OK) *threshold = taken.threshold;
     return status;
 }
 

@@ -25,6 +25,9 @@ const char *autoclip_status_message(autoclip_status status) {
     case AUTOCLIP_BROKEN:
         return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
     case AUTOCLIP_NO_WINDOW: return "A history without a window does not know the age of its norms.";
+    case AUTOCLIP_WRONG_STEP:
+        return "The step does not follow the last one of this history: restore both from one checkpoint, and use a "
+               "history in one run only.";
     }
     return "This is not a status of autoclip.";
 }

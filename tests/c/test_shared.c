@@ -168,6 +168,115 @@ static void test_shared_doors_do_what_their_namesakes_do(void) {
     }
 }
 
+/* Take a step after the last norm of the model, and remember it there. */
+static void take_step(uint64_t id, model *truth, uint64_t step, double norm) {
+    double threshold = SENTINEL;
+    const double previous = truth->count > 0 ? truth->aged[truth->count - 1] : 0;
+    REQUIRE_OK(autoclip_shared_observe_step(id, step, previous, norm, 30, &threshold));
+    model_push(truth, norm);
+    REQUIRE_SAME(model_percentile(truth, 30), threshold);
+}
+
+static void test_steps_follow_one_another(void) {
+    for (uint64_t window = 0; window <= 7; window += 7) {
+        uint64_t id = make(window);
+        double threshold = SENTINEL;
+        model truth;
+        model_create(&truth, window);
+        for (uint64_t step = 0; step < 40; step++) {
+            take_step(id, &truth, step, (double)(step * 7 % 11));
+            judge_shared(id, &truth);
+        }
+        const double last = truth.aged[truth.count - 1];
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 41, last, 1, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 40, 0.5, 1, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 38, last, 0.5, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 0, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, UINT64_MAX, last, 1, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_shared_observe_step(id, 40, last, 1, 101, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_shared_observe_step(id, 40, last, (double)NAN, 30, &threshold));
+        REQUIRE_SAME(SENTINEL, threshold);
+        judge_shared(id, &truth);
+        take_step(id, &truth, 40, 3);
+        judge_shared(id, &truth);
+        REQUIRE_OK(autoclip_shared_destroy(id));
+        model_destroy(&truth);
+    }
+}
+
+static void test_step_that_is_taken_again_counts_once(void) {
+    uint64_t id = make(0);
+    model truth;
+    double thresholds[20];
+    double again;
+    model_create(&truth, 0);
+    for (uint64_t step = 0; step < 20; step++) {
+        take_step(id, &truth, step, (double)(step * 7 % 11));
+        thresholds[step] = model_percentile(&truth, 30);
+        for (uint64_t old = step < 7 ? 0 : step - 7; old <= step; old++) {
+            REQUIRE_OK(autoclip_shared_observe_step(id, old, -1, (double)(old * 7 % 11), 30, &again));
+            REQUIRE_SAME(thresholds[old], again);
+        }
+        judge_shared(id, &truth);
+    }
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 11, -1, 0, 30, &again));
+    REQUIRE_OK(autoclip_shared_destroy(id));
+    model_destroy(&truth);
+}
+
+/* The outcome of a step is thrown away, and the step is taken again from where it began: any one may be kept. */
+static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
+    for (size_t kept = 0; kept < 4; kept++) {
+        uint64_t id = make(0);
+        model truth;
+        double threshold;
+        model_create(&truth, 0);
+        for (uint64_t step = 0; step < 600; step++) { /* through the buffer into the tree */
+            const double previous = step > 0 ? truth.aged[truth.count - 1] : 0;
+            for (size_t attempt = 0; attempt < 4; attempt++) {
+                const double norm = (double)((step * 31 + attempt * 17) % 101);
+                REQUIRE_OK(autoclip_shared_observe_step(id, step, previous, norm, 50, &threshold));
+                if (attempt == kept) {
+                    model_push(&truth, norm);
+                    REQUIRE_SAME(model_percentile(&truth, 50), threshold);
+                }
+            }
+            if (kept == 3) judge_shared(id, &truth);
+            uint64_t size;
+            REQUIRE_OK(autoclip_shared_size(id, &size));
+            REQUIRE(size == step + 1, "%" PRIu64 " norms after step %" PRIu64, size, step);
+        }
+        REQUIRE_OK(autoclip_shared_destroy(id));
+        model_destroy(&truth);
+    }
+    uint64_t id = make(5);
+    double threshold = SENTINEL;
+    REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 1, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 2, 50, &threshold));
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
+static void test_first_step_needs_as_many_norms(void) {
+    double threshold = SENTINEL;
+    uint64_t id = make(0);
+    const double norms[3] = {1, 2, 3};
+    REQUIRE_OK(autoclip_shared_extend(id, norms, 3));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 4, 3, 1, 50, &threshold));
+    REQUIRE_SAME(SENTINEL, threshold);
+    REQUIRE_OK(autoclip_shared_observe_step(id, 3, 3, 4, 50, &threshold));
+    REQUIRE_SAME(2.5, threshold);
+    uint64_t twin;
+    REQUIRE_OK(autoclip_shared_clone(id, &twin)); /* the copy has its own steps */
+    REQUIRE_OK(autoclip_shared_observe_step(twin, 0, 0, 5, 0, &threshold));
+    REQUIRE_SAME(1, threshold);
+    REQUIRE_OK(autoclip_shared_destroy(twin));
+    REQUIRE_OK(autoclip_shared_destroy(id));
+    id = make(0); /* in the place of one that had steps */
+    REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 7, 50, &threshold));
+    REQUIRE_SAME(7, threshold);
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
 /* Every door refuses this id, and writes nothing. */
 static void require_unknown(uint64_t id) {
     double values[4] = {SENTINEL, SENTINEL, SENTINEL, SENTINEL};
@@ -200,6 +309,7 @@ static void require_unknown(uint64_t id) {
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_save_size(id, &size));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_save(id, bytes, sizeof bytes, &size));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_check(id, &reason));
+    REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_observe_step(id, 0, 1, 1, 50, values));
     REQUIRE(number == SENTINEL_ID && size == 77 && bytes[0] == 7, "a result was written");
     for (size_t i = 0; i < COUNT(values); i++) {
         REQUIRE_SAME(SENTINEL, values[i]);
@@ -625,4 +735,6 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 #endif
 
 TEST_MAIN(THREAD_TESTS MEMORY_TESTS TEST(test_shared_doors_do_what_their_namesakes_do),
+          TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
+          TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
           TEST(test_unknown_ids_are_refused_by_every_door), TEST(test_ids_are_never_used_twice));

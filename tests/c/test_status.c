@@ -319,7 +319,7 @@ static void test_check_notices_every_wrong_number(void) {
 }
 
 static void test_messages_are_sentences(void) {
-    for (int status = AUTOCLIP_OK; status <= AUTOCLIP_BROKEN; status++) {
+    for (int status = AUTOCLIP_OK; status <= AUTOCLIP_WRONG_STEP; status++) {
         const char *message = autoclip_status_message((autoclip_status)status);
         REQUIRE(message != NULL && message[0] != '\0', "status %d has no message", status);
         for (int other = AUTOCLIP_OK; other < status; other++) {
@@ -327,7 +327,7 @@ static void test_messages_are_sentences(void) {
                     "status %d and %d have one message", status, other);
         }
     }
-    const int unknown[] = {AUTOCLIP_BROKEN + 1, 1000, -1};
+    const int unknown[] = {AUTOCLIP_WRONG_STEP + 1, 1000, -1};
     for (size_t i = 0; i < COUNT(unknown); i++) {
         const char *message = autoclip_status_message((autoclip_status)unknown[i]);
         REQUIRE(message != NULL && message[0] != '\0', "status %d has no message", unknown[i]);

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autoclip_core import AutoClip, BackendError, NormHistory
+from autoclip_core import AutoClip, BackendError, NormHistory, kernel_library
 
 HERE = Path(__file__).resolve().parent
 
@@ -84,3 +84,19 @@ def test_court_does_not_sit_without_the_backend_that_is_demanded():
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "but 'cuda' was given" in done.stderr
+
+
+def test_history_has_an_id_of_its_own_for_c(backend, other_backend):
+    first, second = (NormHistory(backend="native") for _ in range(2))
+    assert first.shared_id != second.shared_id > 0
+    assert first.shared_id == first.shared_id
+
+
+def test_backends_without_c_say_so(backend):
+    if backend == "native":
+        assert Path(kernel_library()).is_file()
+    else:
+        with pytest.raises(BackendError, match="only the native one"):
+            kernel_library()
+        with pytest.raises(BackendError, match=r'NormHistory\(backend="native"\)'):
+            _ = NormHistory().shared_id

@@ -1,0 +1,300 @@
+"""AutoClip as an optax transformation.
+
+What shaped this module, and must stay true:
+
+- Every rule is the core's: `autoclip_core.arrays`, or the kernel. Here updates become one norm, and a scale becomes
+  scaled updates.
+- The state is a plain pytree of arrays with fixed shapes: so jit, donation, scan, vmap, sharding and every checkpoint
+  format work with nothing to do.
+- The norm is taken in float32 at least: one in bfloat16 has three digits.
+- A non-finite update is never multiplied: 0 times infinity is NaN.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import autoclip_core
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
+from autoclip_jax import kernel
+
+DEFAULT_WINDOW = 131_072
+
+
+class AutoClipState(NamedTuple):
+    """The state of `autoclip`: the history, counts, and what was decided at the last step.
+
+    ascending, ring: the window's norms in order of size and of age, shape (window,), infinity where there is none yet.
+        With a NormHistory, which holds them, None and the last norm alone.
+    steps, recorded_steps, clipped_steps, nonfinite_steps: how many updates were seen, remembered, clipped, and not
+        finite; int32.
+    grad_norm: the norm of the last updates before clipping.
+    clip_threshold: the percentile of the history, at most `max_threshold`; infinity while there is none.
+    clip_scale: the factor the updates got; 0 for updates that were dropped.
+    clipped: whether the scale shortened finite updates.
+    """
+
+    ascending: Array | None
+    ring: Array
+    steps: Array
+    recorded_steps: Array
+    clipped_steps: Array
+    nonfinite_steps: Array
+    grad_norm: Array
+    clip_threshold: Array
+    clip_scale: Array
+    clipped: Array
+
+
+def autoclip(
+    percentile: float | Array = 10.0,
+    *,
+    window: int | None = DEFAULT_WINDOW,
+    history: NormHistory | None = None,
+    warmup: int | Array = 0,
+    nonfinite: Literal["skip", "pass"] = "skip",
+    max_threshold: float | Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip updates to a percentile of the gradient norms seen so far.
+
+    At step t the global L2 norm n(t) of the updates joins the history, the threshold is the p-th percentile of that
+    history, and the updates are multiplied by
+
+        scale = min(threshold / n(t), 1)
+
+    Put it before the optimizer: `optax.chain(autoclip(), optax.adam(1e-3))`. Gradients must be averaged over replicas
+    before (under `pmap` and `shard_map` by `jax.lax.pmean`; under `jit` they are). Donate the optimizer state to the
+    compiled step, or every step copies the window.
+
+    Args:
+        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip). A traced value, as
+            `optax.inject_hyperparams` gives, is held within these bounds.
+        window: how many norms the state remembers, the oldest leaving first: all norms until the window is full. It
+            takes 8 bytes per norm. At most 2**24.
+        history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
+            the process may read it or push to it. For one run on CPU devices. It is not part of the state: save it
+            with `save_history`.
+        warmup: do not clip before this many norms have been remembered.
+        nonfinite: what a NaN or infinite norm does. "skip": the updates become zeros; momentum and weight decay of a
+            later transformation still act (`optax.apply_if_finite` around the whole chain leaves all as it was).
+            "pass": nothing.
+        max_threshold: an upper cap on the threshold, in the unit of the norm.
+
+    Returns:
+        A transformation whose state is an `AutoClipState`.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: an argument cannot be used.
+        BackendError: a history was given, and it or this JAX cannot be reached by the kernel.
+
+    >>> import jax.numpy as jnp
+    >>> clip = autoclip(percentile=50.0)
+    >>> state = clip.init(jnp.zeros(2))
+    >>> updates, state = clip.update(jnp.array([0.0, 2.0]), state)
+    >>> updates, state = clip.update(jnp.array([0.0, 8.0]), state)
+    >>> updates
+    Array([0., 5.], dtype=float32)
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
+    """
+    if nonfinite == "raise":
+        raise AutoClipValueError(
+            'nonfinite="raise" cannot be done inside a compiled program; use "skip" or "pass", and look at '
+            "metrics(state)['nonfinite_steps'] outside of it."
+        )
+    known_window = _known(window)
+    # The core checks what it would be given; what is traced has no value to check.
+    autoclip_core.AutoClip(
+        _known(percentile, 10.0),
+        window=1 if known_window is None else known_window,
+        warmup=_known(warmup, 0),
+        nonfinite=nonfinite,
+        max_threshold=_known(max_threshold),
+    )
+    if history is not None:
+        _check_history(history, known_window)
+    elif window is None:
+        raise AutoClipValueError(
+            "window=None needs somewhere to keep every norm: give history=NormHistory(), or a window."
+        )
+    elif known_window is not None and known_window > arrays.MAX_WINDOW:
+        raise AutoClipValueError(
+            f"window must be at most {arrays.MAX_WINDOW:,} in the state, but {known_window:,} was given; "
+            "history=NormHistory() has no bound."
+        )
+    if isinstance(percentile, jax.core.Tracer):
+        percentile = jax.lax.stop_gradient(jnp.clip(percentile, 0.0, 100.0))
+    else:
+        percentile = float(_known(percentile))
+    cap = inf if max_threshold is None else max_threshold
+
+    def init(params: optax.Params) -> AutoClipState:
+        del params
+        if history is None and known_window is None:
+            raise AutoClipTypeError(
+                "window must be known while the program is traced, for it is a shape: give optax.inject_hyperparams "
+                'static_args=("window",).'
+            )
+        return AutoClipState(
+            # Made one by one: arrays that are donated may not be the same.
+            ascending=None if history is not None else jnp.full((known_window,), inf, jnp.float32),
+            ring=jnp.full((known_window if history is None else 1,), inf, jnp.float32),
+            steps=jnp.zeros((), jnp.int32),
+            recorded_steps=jnp.zeros((), jnp.int32),
+            clipped_steps=jnp.zeros((), jnp.int32),
+            nonfinite_steps=jnp.zeros((), jnp.int32),
+            grad_norm=jnp.zeros((), jnp.float32),
+            clip_threshold=jnp.full((), inf, jnp.float32),
+            clip_scale=jnp.ones((), jnp.float32),
+            clipped=jnp.zeros((), jnp.bool_),
+        )
+
+    def update(
+        updates: optax.Updates, state: AutoClipState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, AutoClipState]:
+        del params, extra
+        _check_state(state, known_window, history)
+        norm = _global_norm(updates)
+        # Where a step is differentiated, the threshold is a constant in it.
+        remembered = jax.lax.stop_gradient(arrays.norm_to_remember(jnp, norm))
+        ascending, ring = jax.lax.stop_gradient((state.ascending, state.ring))
+        if history is None:
+            ascending, ring, value = kernel.observe_window(
+                ascending, ring, state.recorded_steps, remembered, percentile
+            )
+            recorded_steps = state.recorded_steps + (remembered < inf)
+        else:
+            recorded_steps, ring, value = kernel.observe_tree(
+                history.shared_id, state.recorded_steps, ring, remembered, percentile
+            )
+        threshold, scale, clipped = arrays.decide(
+            jnp, norm, value, recorded_steps, warmup=warmup, nonfinite=nonfinite, max_threshold=cap
+        )
+        state = AutoClipState(
+            ascending=ascending,
+            ring=ring,
+            steps=state.steps + 1,
+            recorded_steps=recorded_steps,
+            clipped_steps=state.clipped_steps + clipped,
+            nonfinite_steps=state.nonfinite_steps + ~jnp.isfinite(norm),
+            grad_norm=norm,
+            clip_threshold=threshold,
+            clip_scale=scale,
+            clipped=clipped,
+        )
+        return jax.tree.map(lambda update: _scaled(update, scale), updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def metrics(state: Any) -> dict[str, Array]:
+    """Return what `autoclip` measured, from its own state or any optimizer state that holds it.
+
+    Args:
+        state: a state with one `AutoClipState` in it. Of `optax.partition` and the like, take the part of one group.
+
+    Returns:
+        `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+        `steps`, `clipped_steps`, `nonfinite_steps`; scalar arrays.
+
+    Raises:
+        AutoClipValueError: there is no such state, or more than one.
+
+    >>> tx = optax.chain(autoclip(), optax.sgd(0.1))
+    >>> sorted(metrics(tx.init({"w": jnp.zeros(2)})))[:4]
+    ['clip_scale', 'clip_threshold', 'clipped', 'clipped_steps']
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AutoClipState))
+    found = [leaf for leaf in leaves if isinstance(leaf, AutoClipState)]
+    if len(found) != 1:
+        raise AutoClipValueError(
+            f"metrics takes a state with one AutoClipState in it, but this {type(state).__name__} has {len(found)}."
+        )
+    names = ("grad_norm", "clip_threshold", "clip_scale", "clipped", "steps", "clipped_steps", "nonfinite_steps")
+    return {name: getattr(found[0], name) for name in names}
+
+
+def save_history(history: NormHistory) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Return a NormHistory as an array, to be saved in the same checkpoint as the state that goes with it.
+
+    Wait for the step that made the state (`jax.block_until_ready`) before calling this.
+
+    >>> history = NormHistory()
+    >>> history.push(2.0)
+    >>> load_history(save_history(history)).values()
+    array([2.])
+    """
+    return np.frombuffer(history.to_bytes(), np.uint8).copy()
+
+
+def load_history(saved: Any) -> NormHistory:
+    """Make the NormHistory again that `save_history` saved; give it to a new `autoclip`.
+
+    A state that has seen more steps than its history holds norms is refused at its first step.
+
+    Raises:
+        SnapshotError: this is not what `save_history` returned, or it is damaged.
+    """
+    return NormHistory.from_bytes(np.asarray(saved, np.uint8).tobytes())
+
+
+def _known(value: Any, otherwise: Any = None) -> Any:
+    """Return an argument as a Python value; what is traced has none yet, and is `otherwise`."""
+    if isinstance(value, jax.core.Tracer):
+        return otherwise
+    return value.item() if isinstance(value, jax.Array) else value
+
+
+def _check_history(history: NormHistory, window: int | None) -> None:
+    if not isinstance(history, NormHistory):
+        raise AutoClipTypeError(f"history must be a NormHistory or None, but a {type(history).__name__} was given.")
+    if history.window is not None:
+        raise AutoClipValueError(
+            f"history must remember every norm, but this one has window={history.window}; for a window leave out "
+            f"history, and give window={history.window}."
+        )
+    if window not in (None, DEFAULT_WINDOW):
+        raise AutoClipValueError(f"window={window} and a history were given; the history remembers every norm.")
+    _ = history.shared_id  # not every backend has one
+
+
+def _check_state(state: Any, window: int | None, history: NormHistory | None) -> None:
+    if not isinstance(state, AutoClipState):
+        raise AutoClipTypeError(
+            f"autoclip's update takes the state made by its init, but a {type(state).__name__} was given."
+        )
+    if (state.ascending is None) != (history is not None):
+        here, there = ("a NormHistory", "the state") if history is not None else ("the state", "a NormHistory")
+        raise StateError(
+            f"This autoclip keeps its norms in {here}, but the state is of one that keeps them in {there}."
+        )
+    if state.ascending is not None and window not in (None, state.ascending.shape[-1]):
+        raise StateError(
+            f"The state has window={state.ascending.shape[-1]}, but this autoclip has window={window}; construct it "
+            "with the window of the run that is resumed."
+        )
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _global_norm(updates: optax.Updates) -> Array:
+    wide = [_wide(leaf) for leaf in jax.tree.leaves(updates)]
+    squares = [
+        jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(jnp.square(leaf))
+        for leaf in wide
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32))).astype(jnp.float32)
+
+
+def _scaled(update: Array, scale: Array) -> Array:
+    # Not a product alone: what is dropped may hold infinities.
+    return jnp.where(scale > 0.0, _wide(update) * scale, 0.0).astype(update.dtype)

@@ -1,0 +1,105 @@
+"""The compiled kernel inside XLA programs: C handlers on the CPU, the core's rule over `jax.numpy` everywhere else.
+
+What shaped this module:
+
+- The handlers live in the core's own library, for there is one table of shared histories per process.
+- They are registered when a program is first traced, and not at import: registering needs JAX's devices, and asking for
+  these too early would forbid `jax.distributed.initialize`.
+- A handler counts as a pure function: JAX then may shard, batch, recompute and donate around it. The window is one. The
+  tree becomes one by counting steps: a step that is taken twice is taken once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoclip_core import BackendError, arrays, kernel_library
+
+_WINDOW = "autoclip_xla_window"
+_TREE = "autoclip_xla_tree"
+# XLA says which target it lacks, so its name says what to do.
+_NO_TREE = "autoclip: history=NormHistory() serves on the CPU only; on this device leave it out, or give window=N"
+
+
+def backend() -> str:
+    """Return what serves on the CPU: "native", the compiled kernel, or "jax.numpy", where that cannot be registered.
+
+    On other devices it is always "jax.numpy". Calling this makes JAX look for its devices.
+    """
+    return "jax.numpy" if _obstacle() else "native"
+
+
+@cache
+def _obstacle() -> str:
+    """Register the handlers; return why that cannot be done, "" if it is."""
+    try:
+        jax.devices("cpu")  # without a device to register for, JAX may end the process
+        library = ctypes.CDLL(kernel_library())
+        for name in (_WINDOW, _TREE):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except (BackendError, OSError, AttributeError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def observe_window(
+    ascending: Array, ring: Array, recorded_steps: Array, norm: Array, percentile: float | Array
+) -> tuple[Array, Array, Array]:
+    """Do what `arrays.observe` does, in the kernel where it serves."""
+
+    def by_kernel(*operands: Array) -> Any:
+        # Results look like these operands, for JAX's sharding as well.
+        call = jax.ffi.ffi_call(
+            _WINDOW, (ascending, ring, norm), vmap_method="sequential", input_output_aliases={0: 0, 1: 1}
+        )
+        return call(*operands, _exact(percentile))
+
+    def by_numpy(*operands: Array) -> Any:
+        return arrays.observe(jnp, *operands, percentile)
+
+    operands = (ascending, ring, recorded_steps, norm)
+    if _obstacle():
+        return by_numpy(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=by_kernel, default=by_numpy)
+
+
+def observe_tree(
+    shared_id: int, step: Array, last: Array, norm: Array, percentile: float | Array
+) -> tuple[Array, Array, Array]:
+    """Take step `step` of a shared history, which came after the norm `last`, shape (1,).
+
+    Returns:
+        The number of the next step, its last norm, and the percentile.
+
+    Raises:
+        BackendError: the kernel cannot be registered here.
+    """
+    if _obstacle():
+        raise BackendError(
+            f"A history needs the compiled kernel, which cannot be registered with JAX ({_obstacle()}); leave it out, "
+            "and the optimizer's state keeps the last `window` norms."
+        )
+
+    def call(target: str) -> Any:
+        made = jax.ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
+        return lambda *operands: made(*operands, _exact(percentile), history=np.int64(shared_id))
+
+    return jax.lax.platform_dependent(step, last, norm, cpu=call(_TREE), default=call(_NO_TREE))
+
+
+def _exact(percentile: float | Array) -> Array:
+    """Return numbers whose sum is the percentile: three float32 hold any double, where JAX has none."""
+    if not isinstance(percentile, float):
+        return jnp.reshape(percentile, (1,))
+    parts = []
+    for _ in range(3):
+        parts.append(np.float32(percentile))
+        percentile -= float(parts[-1])
+    return jnp.asarray(np.array(parts))

@@ -1,0 +1,184 @@
+/* The doors into XLA: what autoclip_jax calls inside a compiled program on the CPU.
+ *
+ * Both doors take one norm and give the percentile of the norms remembered, which is infinite while there are none. Which
+ * norms count is decided by the caller: an infinite one asks for the percentile and is not remembered. The percentile is
+ * given as numbers whose sum it is, because three float32 hold any double, and a program without float64 has no other.
+ *
+ *   autoclip_xla_window  (sorted f32[N], ring f32[N], remembered s32, norm f32, percentile f32[] or f64[])
+ *                     -> (sorted, ring, threshold f32)
+ *       The last N norms in two arrays that belong to the program: ascending, and in order of age in a ring. Unused
+ *       places hold infinities. `remembered` is the number of norms ever remembered, this one not among them. O(N).
+ *
+ *   autoclip_xla_tree    (step s32, last f32[1], norm f32, percentile f32[] or f64[]) -> (step, last, threshold f32)
+ *       attribute `history` s64: an id of the table of shared histories, in which the norm is remembered as step `step`
+ *       after the norm `last`. What comes back is the number of the next step, and its last norm. O(log n). */
+#include "ffi.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include <autoclip.h>
+
+#include "../src/percentile.h"
+
+static xla_error *fail(const xla_call *call, int code, const char *message) {
+    xla_error_arguments arguments = {.struct_size = sizeof arguments, .message = message, .code = code};
+    return call->api->create_error(&arguments);
+}
+
+/* XLA asks once, while it compiles, for which version a handler was made. */
+static bool answer_metadata(const xla_call *call) {
+    xla_extension *extension = call->extensions;
+    if (extension == NULL || extension->type != XLA_EXTENSION_METADATA) return false;
+    xla_metadata *metadata = ((xla_metadata_extension *)extension)->metadata;
+    metadata->version.major = XLA_MAJOR;
+    metadata->version.minor = XLA_MINOR;
+    return true;
+}
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+xla_error *autoclip_xla_window(xla_call *call);
+xla_error *autoclip_xla_tree(xla_call *call);
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+static bool has_types(const xla_buffers *buffers, int64_t count, const int *types) {
+    if (buffers->count != count) return false;
+    for (int64_t i = 0; i < count; ++i) {
+        if (buffers->buffers[i]->type != types[i]) return false;
+    }
+    return true;
+}
+
+/* Whether these are the buffers that the door takes; the percentile comes last and may be of two types. */
+static bool fits(const xla_call *call, int64_t operands, const int *operand_types, int64_t results,
+                 const int *result_types) {
+    if (call->operands.count != operands + 1) return false;
+    const xla_buffer *percentile = call->operands.buffers[operands];
+    const xla_buffers others = {.count = operands, .buffers = call->operands.buffers};
+    return percentile->rank == 1 && (percentile->type == XLA_F32 || percentile->type == XLA_F64) &&
+           has_types(&others, operands, operand_types) && has_types(&call->results, results, result_types);
+}
+
+static bool same_length(const xla_buffer *one, const xla_buffer *other) {
+    return one->rank == 1 && other->rank == 1 && one->sizes[0] == other->sizes[0] && one->sizes[0] > 0;
+}
+
+static double sum(const xla_buffer *numbers) {
+    double total = 0.0;
+    for (int64_t i = 0; i < numbers->sizes[0]; ++i) {
+        total += numbers->type == XLA_F64 ? ((double *)numbers->data)[i] : (double)((float *)numbers->data)[i];
+    }
+    return total;
+}
+
+static void *operand(const xla_call *call, int at) { return call->operands.buffers[at]->data; }
+static void *result(const xla_call *call, int at) { return call->results.buffers[at]->data; }
+
+/* --- In the state ----------------------------------------------------------------------------------------------- */
+
+/* The number of norms below `norm` among `size` in ascending order. */
+static size_t count_below(const float *sorted, size_t size, float norm) {
+    size_t low = 0;
+    while (size > 0) {
+        const size_t half = size / 2;
+        if (sorted[low + half] < norm) {
+            low += half + 1;
+            size -= half + 1;
+        } else {
+            size = half;
+        }
+    }
+    return low;
+}
+
+/* Let `norm` take the place of what is at `from`, and move the norms between the two. */
+static void replace(float *sorted, size_t size, size_t from, float norm) {
+    size_t to = count_below(sorted, size, norm);
+    if (to > from) {
+        to -= 1;
+        memmove(sorted + from, sorted + from + 1, (to - from) * sizeof *sorted);
+    } else {
+        memmove(sorted + to + 1, sorted + to, (from - to) * sizeof *sorted);
+    }
+    sorted[to] = norm;
+}
+
+xla_error *autoclip_xla_window(xla_call *call) {
+    static const int operands[] = {XLA_F32, XLA_F32, XLA_S32, XLA_F32};
+    static const int results[] = {XLA_F32, XLA_F32, XLA_F32};
+    if (answer_metadata(call)) return NULL;
+    if (!fits(call, 4, operands, 3, results) || !same_length(call->operands.buffers[0], call->operands.buffers[1])) {
+        return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_window: bad call");
+    }
+    const double percentile = sum(call->operands.buffers[4]);
+    if (!is_percentile(percentile)) {
+        return fail(call, XLA_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
+    }
+    const size_t window = (size_t)call->operands.buffers[0]->sizes[0];
+    const size_t remembered = *(uint32_t *)operand(call, 2);
+    const float norm = *(float *)operand(call, 3);
+    float *sorted = result(call, 0);
+    float *ring = result(call, 1);
+    /* The caller asks XLA to work in place; where it did not, there is a copy to make. */
+    if (sorted != operand(call, 0)) memcpy(sorted, operand(call, 0), window * sizeof *sorted);
+    if (ring != operand(call, 1)) memcpy(ring, operand(call, 1), window * sizeof *ring);
+    size_t size = remembered < window ? remembered : window;
+    if (isfinite(norm)) {
+        float *oldest = ring + remembered % window;
+        size_t from = size;
+        if (size == window) {
+            from = count_below(sorted, size, *oldest);
+            if (from == size) from -= 1; /* only in arrays that are not a window's: stay inside them */
+        }
+        replace(sorted, size, from, norm);
+        *oldest = norm;
+        if (size < window) size += 1;
+    }
+    float threshold = INFINITY;
+    if (size > 0) {
+        const double position = percentile_position(size, percentile);
+        const size_t rank = (size_t)position;
+        const double low = (double)sorted[rank];
+        const double high = rank + 1 < size ? (double)sorted[rank + 1] : low;
+        threshold = (float)percentile_between(low, high, position - (double)rank);
+    }
+    *(float *)result(call, 2) = threshold;
+    return NULL;
+}
+
+/* --- In the tree ------------------------------------------------------------------------------------------------ */
+
+xla_error *autoclip_xla_tree(xla_call *call) {
+    static const int operands[] = {XLA_S32, XLA_F32, XLA_F32};
+    static const int results[] = {XLA_S32, XLA_F32, XLA_F32};
+    if (answer_metadata(call)) return NULL;
+    const xla_attributes *attributes = &call->attributes;
+    const xla_scalar *history = attributes->count == 1 ? attributes->values[0] : NULL;
+    if (!fits(call, 3, operands, 3, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
+        history->type != XLA_S64) {
+        return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_tree: bad call");
+    }
+    const uint64_t id = *(uint64_t *)history->value;
+    const uint32_t step = *(uint32_t *)operand(call, 0);
+    const float last = *(float *)operand(call, 1);
+    const float norm = *(float *)operand(call, 2);
+    const double percentile = sum(call->operands.buffers[3]);
+    double threshold = INFINITY;
+    autoclip_status status;
+    if (isfinite(norm)) {
+        status = autoclip_shared_observe_step(id, step, (double)last, (double)norm, percentile, &threshold);
+    } else {
+        status = autoclip_shared_percentile(id, percentile, &threshold);
+        if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
+    }
+    if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
+    *(uint32_t *)result(call, 0) = step + isfinite(norm);
+    *(float *)result(call, 1) = isfinite(norm) ? norm : last;
+    *(float *)result(call, 2) = (float)threshold;
+    return NULL;
+}

@@ -1,0 +1,396 @@
+"""AutoClip for JAX takes every step as the core does: in the state by the kernel and by jax.numpy, and in the tree."""
+
+import warnings
+from math import inf, nan
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from autoclip_jax import AutoClipState, autoclip, backend, kernel, load_history, metrics, save_history
+from hypothesis import given
+from hypothesis import strategies as st
+
+import autoclip_core
+from autoclip_core import (
+    AutoClip,
+    AutoClipTypeError,
+    AutoClipValueError,
+    BackendError,
+    NormHistory,
+    SnapshotError,
+    StateError,
+    arrays,
+)
+
+from ..core.reference import SHAPES, make_norms  # noqa: TID252
+from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
+
+HOMES = ("kernel", "jax.numpy", "tree")
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Make an autoclip whose history has its home in the state, computed by one or the other, or in the tree."""
+
+    def make(home, percentile=10.0, **options):
+        if home == "tree":
+            options = {"history": NormHistory(), **options}
+        elif home == "jax.numpy":
+            monkeypatch.setattr(kernel, "_obstacle", lambda: "this test does without")
+        return autoclip(percentile, **options)
+
+    return make
+
+
+def feed(tx, norms, state=None):
+    """Run updates of these norms, in one compiled scan; the last state, and the metrics of every step."""
+    if state is None:
+        state = tx.init(jnp.zeros(1))
+
+    def step(state, norm):
+        updates, state = tx.update(norm[None], state)
+        return state, {**metrics(state), "update": updates[0]}
+
+    return jax.jit(lambda state, norms: jax.lax.scan(step, state, norms))(state, jnp.asarray(norms, jnp.float32))
+
+
+def numpy_thresholds(norms, percentile, window=None):
+    """As the issue words it: np.float32(np.percentile(float64 history))."""
+    norms = np.asarray(norms, np.float32).astype(np.float64)
+    starts = [0 if window is None else max(0, end - window) for end in range(1, len(norms) + 1)]
+    return np.array(
+        [np.percentile(norms[start:end], percentile) for end, start in enumerate(starts, start=1)], np.float32
+    )
+
+
+def ulps(actual, expected):
+    """The distance of positive float32 numbers in units in the last place."""
+    actual, expected = (np.asarray(values, np.float32).view(np.int32).astype(np.int64) for values in (actual, expected))
+    return np.abs(actual - expected).max()
+
+
+def test_kernel_serves_where_it_is_there():
+    assert backend() == "native"
+
+
+# The rule.
+
+
+@pytest.mark.parametrize(
+    ("home", "percentile", "window"),
+    [*((home, 10.0, None) for home in HOMES), *((home, 75.0, 5000) for home in HOMES[:2])],
+)
+def test_recorded_trace_of_the_core_gives_the_same_steps(home, percentile, window, trace, make):  # noqa: F811
+    if home == "jax.numpy" and not window:
+        trace = trace[:20_000]  # each step passes over the whole window
+    clip = AutoClip(percentile, window=window)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        steps = [clip.observe(norm) for norm in trace]
+    norms, thresholds, scales, _, _ = map(np.array, zip(*steps, strict=True))
+
+    options = {} if home == "tree" else {"window": window or (20_000 if home == "jax.numpy" else 131_072)}
+    state, found = feed(make(home, percentile, **options), trace)
+    thresholds = thresholds.astype(np.float32)
+    if home == "jax.numpy":
+        assert ulps(found["clip_threshold"], thresholds) <= 1
+    else:
+        np.testing.assert_array_equal(found["clip_threshold"], thresholds)
+    np.testing.assert_array_equal(found["grad_norm"], norms.astype(np.float32))
+    np.testing.assert_allclose(found["clip_scale"], scales.astype(np.float32), rtol=3e-7)
+    np.testing.assert_array_equal(found["clipped"], np.isfinite(norms) & (norms > found["clip_threshold"]))
+    assert state.steps == clip.steps
+    assert state.nonfinite_steps == clip.nonfinite_steps > 0
+    assert state.clipped_steps == found["clipped"].sum() == pytest.approx(clip.clipped_steps, abs=10)
+    assert state.recorded_steps == sum(step.recorded for step in steps)
+    if state.ascending is not None:
+        size = min(int(state.recorded_steps), window or len(trace))
+        np.testing.assert_array_equal(state.ascending[:size], clip.history.values().astype(np.float32))
+        assert np.isinf(state.ascending[size:]).all()
+
+
+@pytest.mark.parametrize(
+    ("home", "window"), [(home, window) for home in ("kernel", "jax.numpy") for window in (1, 2, 64, 300)]
+)
+def test_thresholds_are_those_of_numpy(home, window, make):
+    percentiles = (0.0, 1e-3, 10.0, 33.3, 50.0, 99.9, 100.0)
+    transformations = [make(home, percentile, window=window) for percentile in percentiles]
+    states = [tx.init(jnp.zeros(1)) for tx in transformations]
+
+    def step(states, norm):
+        states = [tx.update(norm[None], state)[1] for tx, state in zip(transformations, states, strict=True)]
+        return states, [state.clip_threshold for state in states]
+
+    run = jax.jit(lambda norms: jax.lax.scan(step, states, norms)[1])
+    for shape in sorted(set(SHAPES) - {"denormal", "huge", "both signs", "every magnitude"}):
+        norms = np.maximum(make_norms(shape, 200).astype(np.float32), np.float32(1e-18))  # smaller ones have no square
+        for percentile, found in zip(percentiles, run(norms), strict=True):
+            assert ulps(found, numpy_thresholds(norms, percentile, window)) <= (home == "jax.numpy")
+
+
+percentile_of = jax.jit(lambda ascending, size, percentile: arrays.percentile_of(jnp, ascending, size, percentile))
+
+
+@given(
+    st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=20),
+    st.floats(0, 100, width=32) | st.sampled_from([0.0, 1e-7, 1e-3, 10.0, 99.875, 100.0]),
+)
+def test_percentile_over_arrays_is_within_an_ulp_for_any_neighbours(norms, percentile):
+    norms = np.sort(np.array(norms, np.float32))
+    percentile = np.float32(percentile)
+    ascending = np.full(20, inf, np.float32)
+    ascending[: len(norms)] = norms
+    found = percentile_of(ascending, len(norms), percentile)
+    assert ulps(found, np.float32(np.percentile(norms.astype(np.float64), float(percentile)))) <= 1
+
+
+def test_rank_is_exact_in_the_longest_window():
+    # Where float32 has no digit left for the rank: every norm is its own rank.
+    last = arrays.MAX_WINDOW - 1
+    for percentile in (1e-5, 10.0, 33.3, 50.0, 99.99999, 100.0):
+        rank, fraction, rest = arrays._position(jnp, jnp.int32(last), percentile)
+        exact = last * percentile / 100
+        assert int(rank) + float(fraction) + float(rest) == pytest.approx(exact, rel=1e-15, abs=1e-9)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_zero_and_nonfinite_norms_are_not_remembered(home, make):
+    norms = [0.0, nan, 2.0, inf, 4.0, 0.0, nan]
+    state, found = feed(make(home, 50.0, window=8) if home != "tree" else make(home, 50.0), norms)
+    np.testing.assert_array_equal(found["clip_threshold"], [inf, inf, 2, 2, 3, 3, 3])
+    np.testing.assert_array_equal(found["clip_scale"], [1, 0, 1, 0, 0.75, 1, 0])
+    np.testing.assert_array_equal(found["clipped"], [False, False, False, False, True, False, False])
+    np.testing.assert_array_equal(found["update"], [0, 0, 2, 0, 3, 0, 0])
+    assert (state.steps, state.recorded_steps, state.clipped_steps, state.nonfinite_steps) == (7, 2, 1, 3)
+    if home != "tree":
+        assert np.isinf(state.ascending[2:]).all()
+        assert np.isinf(state.ring[2:]).all()
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_pass_lets_nonfinite_updates_through(home, make):
+    _, found = feed(make(home, nonfinite="pass"), [1.0, inf, nan])
+    np.testing.assert_array_equal(found["update"], [1.0, inf, nan])
+    np.testing.assert_array_equal(found["clip_scale"], [1, 1, 1])
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_warmup_and_cap_act_as_in_the_core(home, make):
+    options = {"warmup": 3, "max_threshold": 5.0}
+    norms = [4.0, 9.0, 0.0, 3.0, 8.0, 2.0, 7.0]
+    clip = AutoClip(50.0, **options)
+    steps = [clip.observe(norm) for norm in norms]
+    state, found = feed(make(home, 50.0, **options), norms)
+    np.testing.assert_array_equal(found["clip_threshold"], [step.threshold for step in steps])
+    np.testing.assert_array_equal(found["clip_scale"], np.float32([step.scale for step in steps]))
+    np.testing.assert_array_equal(found["clipped"], [step.clipped for step in steps])
+    assert state.clipped_steps == clip.clipped_steps
+
+
+def test_norm_is_global_and_in_float32():
+    tree = {"a": jnp.full((3, 4), 2.0), "b": [jnp.full(5, -1.0, jnp.bfloat16), jnp.array([3.0 + 4.0j])]}
+    tx = autoclip(window=4)
+    updates, state = tx.update(tree, tx.init(tree))
+    assert state.grad_norm == np.float32(np.sqrt(12 * 4 + 5 + 25))
+    assert state.grad_norm.dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.shape), updates) == jax.tree.map(
+        lambda leaf: (leaf.dtype, leaf.shape), tree
+    )
+
+    # 256 ones: in bfloat16 the sum of squares would stop at 256, and the norm have three digits.
+    ones = jnp.full(1021, 1.0, jnp.bfloat16)
+    _, state = tx.update(ones, tx.init(ones))
+    assert state.grad_norm == np.float32(np.sqrt(1021))
+
+
+def test_update_is_scaled_in_float32_and_keeps_its_type():
+    tx = autoclip(0.0, window=4)
+    state = tx.init(jnp.zeros(1))
+    _, state = tx.update(jnp.ones(1, jnp.bfloat16), state)
+    updates, state = tx.update(jnp.full(1, 3.0, jnp.bfloat16), state)
+    assert updates.dtype == jnp.bfloat16
+    assert updates[0] == 1.0
+    assert state.clip_scale == np.float32(1) / np.float32(3)
+
+
+def test_updates_without_leaves_are_a_zero_norm():
+    tx = autoclip(window=4)
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {}
+    assert (state.steps, state.recorded_steps, state.grad_norm) == (1, 0, 0.0)
+
+
+def test_thresholds_are_the_same_in_float64(run_python):
+    code = """
+import jax; jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp, numpy as np
+from autoclip_core import NormHistory
+from autoclip_jax import autoclip, kernel, metrics
+norms = np.random.default_rng(0).lognormal(size=200).astype(np.float32).astype(float)
+for home, worst in (("kernel", 0), ("tree", 0), ("jax.numpy", 1)):
+    if home == "jax.numpy": kernel._obstacle = lambda: "this test does without"
+    for percentile in (33.3, jnp.float64(33.3), jnp.float32(33.25)):
+        tx = autoclip(percentile, **({"history": NormHistory()} if home == "tree" else {"window": 256}))
+        def step(state, norm):
+            updates, state = tx.update(norm[None], state)
+            assert updates.dtype == jnp.float64
+            return state, state.clip_threshold
+        state, found = jax.lax.scan(step, tx.init(jnp.zeros(1)), jnp.asarray(norms))
+        exact = np.float32([np.percentile(norms[: i + 1], float(percentile)) for i in range(200)])
+        assert abs(np.asarray(found).view("i4") - exact.view("i4")).max() <= worst, (home, percentile)
+        assert found.dtype == state.grad_norm.dtype == jnp.float32
+"""
+    assert run_python(code) == ""
+
+
+# The tree.
+
+
+def test_tree_remembers_all_and_is_shared():
+    history = NormHistory()
+    history.extend([10.0] * 5)
+    norms = make_norms("log-normal", 300).astype(np.float32)
+    _, found = feed(autoclip(history=history), norms)
+    jax.block_until_ready(found)
+    assert len(history) == 305
+    np.testing.assert_array_equal(found["clip_threshold"], numpy_thresholds([10.0] * 5 + norms.tolist(), 10.0)[5:])
+    history.push(1e9)  # other code may push at any time
+    history.check()
+
+
+def test_saved_history_resumes_bit_for_bit():
+    norms = make_norms("drifting", 400).astype(np.float32)
+    whole, expected = feed(autoclip(history=NormHistory()), norms)
+    history = NormHistory()
+    state, _ = feed(autoclip(history=history), norms[:250])
+    jax.block_until_ready(state)
+    state, saved = jax.tree.map(np.asarray, state), save_history(history)
+    del history
+    restored = load_history(saved)
+    state, found = feed(autoclip(history=restored), norms[250:], jax.tree.map(jnp.asarray, state))
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name][250:])
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, whole))
+    with pytest.raises(SnapshotError):
+        load_history(saved[:-1])
+
+
+def test_state_without_its_history_is_refused():
+    state, _ = feed(autoclip(history=NormHistory()), [1.0] * 20)
+    older = NormHistory()
+    older.extend([1.0] * 19)
+    for history in (NormHistory(), older):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="restore both from one checkpoint"):
+            jax.block_until_ready(feed(autoclip(history=history), [1.0], state))
+
+
+def test_history_of_another_run_is_refused():
+    history = NormHistory()
+    tx = autoclip(history=history)
+    jax.block_until_ready(feed(tx, [1.0, 2.0, 3.0]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="use a history in one run only"):
+        jax.block_until_ready(feed(tx, [4.0]))
+    assert len(history) == 3
+
+
+def test_step_that_is_taken_again_is_remembered_once():
+    history = NormHistory()
+    tx = autoclip(history=history)
+    state, _ = feed(tx, [1.0, 2.0, 3.0])
+    step = jax.jit(tx.update)
+    first, second = (step(jnp.ones(1), state)[1] for _ in range(2))
+    assert first.clip_threshold == second.clip_threshold
+    assert len(history) == 4
+
+
+def test_history_that_is_gone_is_an_error():
+    history = NormHistory()
+    gone = history.shared_id
+    del history
+    step = jax.jit(lambda: kernel.observe_tree(gone, jnp.int32(0), jnp.ones(1), jnp.float32(1.0), 10.0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no history with this id"):
+        jax.block_until_ready(step())
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"percentile": -1.0}, AutoClipValueError, "from 0 to 100"),
+        ({"percentile": 100.5}, AutoClipValueError, "from 0 to 100"),
+        ({"percentile": nan}, AutoClipValueError, "from 0 to 100"),
+        ({"percentile": jnp.float32(200)}, AutoClipValueError, "from 0 to 100"),
+        ({"percentile": "10"}, AutoClipTypeError, "percentile"),
+        ({"window": 0}, AutoClipValueError, "window must be at least 1"),
+        ({"window": -5}, AutoClipValueError, "window must be at least 1"),
+        ({"window": 2.5}, AutoClipTypeError, "window must be a whole number"),
+        ({"window": None}, AutoClipValueError, "give history=NormHistory"),
+        ({"window": 2**24 + 1}, AutoClipValueError, "16,777,216"),
+        ({"warmup": -1}, AutoClipValueError, "warmup"),
+        ({"max_threshold": 0.0}, AutoClipValueError, "max_threshold"),
+        ({"nonfinite": "raise"}, AutoClipValueError, "inside a compiled program"),
+        ({"nonfinite": "drop"}, AutoClipValueError, "nonfinite"),
+        ({"history": [1.0]}, AutoClipTypeError, "a list was given"),
+        ({"history": NormHistory(window=5)}, AutoClipValueError, "window=5"),
+        ({"history": NormHistory(), "window": 7}, AutoClipValueError, "window=7 and a history"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, says):
+    with pytest.raises(error, match=says):
+        autoclip(**options)
+
+
+def test_history_without_the_kernel_is_refused(other_backend, monkeypatch):
+    with pytest.raises(BackendError, match="'numba' backend"):
+        autoclip(history=NormHistory(backend="numba"))
+    monkeypatch.setattr(kernel, "_obstacle", lambda: "no such thing")
+    tx = autoclip(history=NormHistory(backend="native"))
+    with pytest.raises(BackendError, match="no such thing"):
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+
+
+@pytest.mark.parametrize("state", [None, (), optax.EmptyState(), {"steps": 0}])
+def test_update_before_init_is_refused(state):
+    with pytest.raises(AutoClipTypeError, match="made by its init"):
+        autoclip().update(jnp.ones(1), state)
+
+
+def test_state_of_another_window_or_home_is_refused():
+    params = jnp.ones(1)
+    state = autoclip(window=8).init(params)
+    with pytest.raises(StateError, match="window=8, but this autoclip has window=9"):
+        autoclip(window=9).update(params, state)
+    with pytest.raises(StateError, match="keeps its norms in a NormHistory"):
+        autoclip(history=NormHistory()).update(params, state)
+    with pytest.raises(StateError, match="keeps its norms in the state"):
+        autoclip().update(params, autoclip(history=NormHistory()).init(params))
+
+
+def test_metrics_are_named_and_found_anywhere():
+    tx = optax.chain(optax.identity(), optax.chain(autoclip(window=4), optax.adam(1e-3)))
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    found = metrics(state)
+    assert list(found) == [
+        *("grad_norm", "clip_threshold", "clip_scale", "clipped"),
+        *("steps", "clipped_steps", "nonfinite_steps"),
+    ]
+    assert found["grad_norm"] == found["clip_threshold"] == np.float32(np.sqrt(3))
+    for wrong in (optax.adam(1e-3).init(params), (state, state)):
+        with pytest.raises(AutoClipValueError, match="one AutoClipState"):
+            metrics(wrong)
+
+
+def test_state_is_arrays_with_one_owner_each():
+    leaves = jax.tree.leaves(autoclip().init(jnp.ones(1)))
+    assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in leaves)
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves) == len(AutoClipState._fields)
+
+
+def test_rule_is_that_of_the_core_version_installed():
+    assert autoclip_core.arrays is arrays
