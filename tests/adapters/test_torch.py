@@ -8,6 +8,8 @@ import copy
 import doctest
 import importlib
 import io
+import subprocess
+import sys
 import warnings
 import weakref
 from math import inf, isfinite, nan, sqrt
@@ -21,6 +23,8 @@ from torch import nn
 
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NonFiniteNormError
+
+from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -75,6 +79,23 @@ def clip_by_hand(model, norms, percentile=10.0):
 
 
 # What a step does
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+@pytest.mark.parametrize(("mode", "steps"), [("immediate", 20_000), ("deferred", 5_000)])
+@pytest.mark.parametrize(("percentile", "window"), [(10.0, None), (75.0, 500)])
+def test_recorded_trace_of_the_core_gives_the_same_steps(mode, steps, percentile, window, trace):  # noqa: F811
+    param = nn.Parameter(torch.zeros(3))
+    clip = AutoClip([param], percentile, window=window, mode=mode)
+    core = autoclip_core.AutoClip(percentile, window=window)
+    direction = torch.tensor([2.0, 3.0, 6.0]) / 7.0
+    for norm in trace[:steps]:
+        param.grad = direction * norm
+        measured = nn.utils.get_total_norm([param.grad]).item()
+        step, expected = clip.step(), core.observe(measured)
+        fields = [field if mode == "immediate" else field.item() for field in step]
+        np.testing.assert_array_equal(np.array(fields, dtype=float), np.array(expected, dtype=float))
+    assert clip.state_dict()["groups"]["global"] == core.state_dict()
 
 
 def test_step_measures_as_pytorch_does():
@@ -691,6 +712,43 @@ def test_state_holds_bytes_and_plain_scalars_only():
     state = clip.state_dict()
     values = [state["format"], state["scope"], *state["groups"]["global"].values()]
     assert {type(value) for value in values} <= {int, float, bool, str, bytes, type(None)}
+
+
+RUN = """
+import sys
+import torch
+from autoclip_torch import attach
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=sys.argv[1] == "fused")
+clip = attach(optimizer, 30.0, scope=sys.argv[2], mode=sys.argv[3])
+parts = {"model": model, "optimizer": optimizer, "clip": clip}
+first, last, path = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
+if first:
+    for name, state in torch.load(path).items():
+        parts[name].load_state_dict(state)
+for step in range(first, last):
+    inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    ((model(inputs) - 3.0).square().mean() * (1.0 + step % 7)).backward()
+    optimizer.step()
+torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+print([param.tolist() for param in model.parameters()], clip.thresholds, clip.clipped_steps)
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [("plain", "global", "immediate"), ("fused", "global", "deferred"), ("plain", "parameter", "immediate")]
+)
+def test_run_goes_on_in_a_new_process_as_if_it_had_not_ended(options, tmp_path):
+    def run(first, last, name):
+        command = [sys.executable, "-P", "-c", RUN, *options, str(first), str(last), tmp_path / name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    whole = run(0, 80, "whole")
+    assert run(0, 40, "parts") != whole
+    assert run(40, 80, "parts") == whole
 
 
 @pytest.mark.parametrize("window", [None, 10])
