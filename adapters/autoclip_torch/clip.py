@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import ref
 
@@ -99,24 +99,18 @@ class AutoClip:
             raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
         if process_group is not None and scope != "global":
             raise AutoClipValueError('process_group adds up one norm of all parameters, so it needs scope="global".')
-
-        def make_clip() -> autoclip_core.AutoClip:
-            return autoclip_core.AutoClip(
-                self._percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold
-            )
-
         self._percentile = percentile
-        self._make_clip = make_clip
-        self._percentile = make_clip().percentile  # checked, with all other options
-        self._groups = Groups(params, scope)
-        self._clips = {name: make_clip() for name in self._groups.by_name}
-        self._mode = mode
-        self._process_group = process_group
-        self._options = {
+        self._options: dict[str, Any] = {
+            "window": window,
             "warmup": warmup,
             "nonfinite": nonfinite,
-            "max_threshold": inf if max_threshold is None else max_threshold,
+            "max_threshold": max_threshold,
         }
+        self._percentile = self._make_clip().percentile  # checked, with all other options
+        self._groups = Groups(params, scope)
+        self._clips = {name: self._make_clip() for name in self._groups.by_name}
+        self._mode = mode
+        self._process_group = process_group
         self._deferred: Deferred | None = None
         self._left: _Left | None = None
         self._latest: dict[str, ClipStep] = {}
@@ -300,6 +294,14 @@ class AutoClip:
         clips = self._settled()
         what = repr(clips["global"]) if self._groups.scope == "global" else f"{len(clips)} groups"
         return f"<autoclip_torch.AutoClip of {len(self._groups)} parameters: {what}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not attached, and waits for nothing.
+        self._settled()
+        return {**self.__dict__, "_deferred": None, "_left": None, "_detach": None}
+
+    def _make_clip(self) -> autoclip_core.AutoClip:
+        return autoclip_core.AutoClip(self._percentile, **self._options)
 
     def _settled(self) -> dict[str, autoclip_core.AutoClip]:
         """Return the clips of all groups, which then know every norm that was on its way."""

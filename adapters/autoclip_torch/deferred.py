@@ -65,7 +65,7 @@ class Deferred:
     Args:
         clips: one AutoClip per group, in order.
         device: where the norms are.
-        options: those of `arrays.decide`.
+        options: those of the clips.
         report: called with the norms of a step, one per group, and its percentile, when they arrive.
     """
 
@@ -81,9 +81,10 @@ class Deferred:
     ) -> None:
         self._clips = list(clips)
         self._device = device
-        self._options = options
+        cap = inf if options["max_threshold"] is None else options["max_threshold"]
+        self._options = {"warmup": options["warmup"], "nonfinite": options["nonfinite"], "max_threshold": cap}
         self._report = report
-        self._window = self._clips[0].history.window
+        self._window = options["window"]
         self._most = min(MOST_PENDING, self._window or MOST_PENDING)
         self._pending: deque[Pending] = deque()
 

@@ -8,6 +8,7 @@ import copy
 import doctest
 import importlib
 import io
+import pickle
 import subprocess
 import sys
 import warnings
@@ -786,6 +787,24 @@ def test_state_of_a_group_is_that_of_the_core():
         backward(model, number)
         core.observe(clip.step().norm)
     assert clip.state_dict()["groups"] == {"global": core.state_dict()}
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_copies_are_independent_and_not_attached(through, mode):
+    model = make_model()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    clip = attach(optimizer, 30.0, mode=mode)
+    backward(model, 0)
+    optimizer.step()
+    other_model, other = through((model, clip))
+    assert other.state_dict() == clip.state_dict()
+    backward(other_model, 1)
+    other.step()
+    assert (clip.steps, other.steps) == (1, 2)
+    other.detach()
+    with pytest.raises(AutoClipError, match="attached"):
+        clip.step()
 
 
 def test_state_brings_its_percentile():
