@@ -29,6 +29,7 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     library: ClassVar[str | None]  # the path of the compiled kernel, if it is one
+    build: ClassVar[str]  # what it is made of, for a bug report
 
     def __init__(self, window: int | None) -> None: ...
     @classmethod
@@ -86,6 +87,22 @@ def kernel_library() -> str:
     if backend.library is None:
         raise BackendError(f"The backend is {backend.name!r}, and only the native one has a library to call from C.")
     return backend.library
+
+
+def backends() -> dict[str, str]:
+    """Return what each backend is made of, or why it cannot be loaded."""
+    found = {}
+    for name in _REMEDIES:
+        try:
+            found[name] = _load(name).build
+        except BackendError as error:
+            found[name] = str(error)
+    return found
+
+
+def why() -> str:
+    """Return who chose the backend of new histories."""
+    return "by AUTOCLIP_BACKEND" if os.environ.get("AUTOCLIP_BACKEND") else "the first that loads"
 
 
 @cache

@@ -66,6 +66,7 @@ class History:
 
     name: ClassVar[str] = "native"
     library: ClassVar[str | None] = _kernel.__file__
+    build: ClassVar[str] = f"ABI {lib.autoclip_abi_version()}, {ffi.string(lib.autoclip_build()).decode()}"
     _id: int
 
     def __init__(self, window: int | None) -> None:

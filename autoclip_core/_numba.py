@@ -560,6 +560,7 @@ class History:
 
     name: ClassVar[str] = "numba"
     library: ClassVar[str | None] = None
+    build: ClassVar[str] = f"numba {numba.__version__}"
     shared_id: ClassVar[int | None] = None
     _state: tuple[Ints, Floats, Floats]  # facts, pool, ring
     _window: int | None

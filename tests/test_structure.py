@@ -25,6 +25,7 @@ KERNEL = ROOT / "csrc/src"
 # autoclip_core` is cheap.
 MAY_IMPORT = {
     "autoclip_core/__init__.py": "_backend arrays clip errors history",
+    "autoclip_core/__main__.py": "_backend errors history replay [autoclip_core] [numpy] [plot]",
     "autoclip_core/_backend.py": "errors",
     "autoclip_core/_native.py": "_kernel errors [numpy]",
     "autoclip_core/_numba.py": "errors numba numpy",
@@ -32,6 +33,8 @@ MAY_IMPORT = {
     "autoclip_core/clip.py": "errors history",
     "autoclip_core/errors.py": "",
     "autoclip_core/history.py": "_backend errors [numpy]",
+    "autoclip_core/plot.py": "errors history [matplotlib] [numpy]",
+    "autoclip_core/replay.py": "arrays errors history [numpy] [tensorboard]",
     "adapters/autoclip_jax/__init__.py": "autoclip_jax",
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
     "adapters/autoclip_jax/kernel.py": "autoclip_core jax numpy",

@@ -203,6 +203,9 @@ const char *autoclip_version(void);
 /* AUTOCLIP_ABI_VERSION of the library at run time. */
 uint32_t autoclip_abi_version(void);
 
+/* How the library was built, for a bug report: "gcc 12.2.0, optimised, 64-bit". */
+const char *autoclip_build(void);
+
 /* --- Shared histories ------------------------------------------------------------------------------------------- */
 
 /* A history that several threads and several languages hold at once: it has a lock, lives in the one table of the

@@ -9,6 +9,26 @@ const char *autoclip_version(void) {
 
 uint32_t autoclip_abi_version(void) { return AUTOCLIP_ABI_VERSION; }
 
+#if defined(__clang__)
+#define COMPILER "clang " TEXT(__clang_major__) "." TEXT(__clang_minor__) "." TEXT(__clang_patchlevel__)
+#elif defined(__GNUC__)
+#define COMPILER "gcc " TEXT(__GNUC__) "." TEXT(__GNUC_MINOR__) "." TEXT(__GNUC_PATCHLEVEL__)
+#elif defined(_MSC_VER)
+#define COMPILER "msvc " TEXT(_MSC_FULL_VER)
+#else
+#define COMPILER "unknown compiler"
+#endif
+
+#if defined(__OPTIMIZE__) || (defined(_MSC_VER) && defined(NDEBUG))
+#define OPTIMISED ", optimised"
+#else
+#define OPTIMISED ", not optimised"
+#endif
+
+const char *autoclip_build(void) {
+    return sizeof(void *) == 8 ? COMPILER OPTIMISED ", 64-bit" : COMPILER OPTIMISED ", 32-bit";
+}
+
 const char *autoclip_status_message(autoclip_status status) {
     switch (status) {
     case AUTOCLIP_OK: return "The call succeeded.";

@@ -339,6 +339,7 @@ static void test_version_is_that_of_the_header(void) {
     snprintf(version, sizeof version, "%d.%d.%d", AUTOCLIP_VERSION_MAJOR, AUTOCLIP_VERSION_MINOR,
              AUTOCLIP_VERSION_PATCH);
     REQUIRE(strcmp(version, autoclip_version()) == 0, "the library is %s, the header %s", autoclip_version(), version);
+    REQUIRE(strstr(autoclip_build(), sizeof(void *) == 8 ? "64-bit" : "32-bit") != NULL, "%s", autoclip_build());
     REQUIRE(autoclip_abi_version() == AUTOCLIP_ABI_VERSION, "the ABI of the library is %" PRIu32,
             autoclip_abi_version());
 }

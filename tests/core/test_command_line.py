@@ -1,0 +1,187 @@
+"""`autoclip` as a user types it: in a process of its own, with its exit codes, streams and terminals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import autoclip_core
+from autoclip_core import NormHistory
+
+
+def autoclip(*arguments, columns=120, **environment):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "autoclip_core", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        env={**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8", **environment},
+    )
+
+
+@pytest.fixture
+def norms(tmp_path):
+    path = tmp_path / "metrics.csv"
+    values = [*np.random.default_rng(1).lognormal(size=500).tolist(), 0.0, float("nan")]
+    path.write_text(
+        "step,grad_norm\n" + "".join(f"{i},{value!r}\n" for i, value in enumerate(values)), encoding="utf-8"
+    )
+    return path
+
+
+def test_replay_prints_one_row_per_setting(norms):
+    done = autoclip("replay", norms, "-w", 50)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"grad_norm in {norms}: 502 steps, ")
+    assert lines[1] == "not remembered: 1 zero, 1 nonfinite"
+    first = [line.split()[0] for line in lines[3:]]
+    assert first[:12] == ["threshold", *["p"] * 10, "fixed"]
+    assert sum("last 50" in line for line in lines) == sum("whole" in line for line in lines) == 5
+    assert max(map(len, lines)) <= 120
+
+
+def test_replay_prints_json(norms):
+    done = autoclip("replay", norms, "-p", 0, "-p", 10, "--fixed", 0.5, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    content = json.loads(done.stdout)
+    assert (content["steps"], content["zero"], content["nonfinite"], content["column"]) == (502, 1, 1, "grad_norm")
+    assert [row["percentile"] for row in content["settings"]] == [0.0, 10.0, None]
+    values = np.array([float(line.split(",")[1]) for line in norms.read_text("utf-8").splitlines()[1:501]])
+    assert content["settings"][1]["final_threshold"] == np.percentile(values, 10)
+    assert content["settings"][2]["clipped_share"] == pytest.approx((values > 0.5).sum() / 502)
+
+
+def test_infinity_is_a_string_in_json(tmp_path):
+    path = tmp_path / "norms.csv"
+    path.write_text("nan\n0.0\n", encoding="utf-8")
+    done = autoclip("replay", path, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["settings"][0]["final_threshold"] == "inf"
+
+
+def test_narrow_terminals_get_one_block_per_row(norms):
+    done = autoclip("replay", norms, "-p", 10, columns=40)
+    assert done.returncode == 0
+    table = done.stdout.split("\n\n")[1:-1]
+    assert [block.split("\n")[0].split("  ")[-1].strip() for block in table] == ["p = 10", "fixed 1"]
+    assert all(len(line) <= 40 for block in table for line in block.split("\n"))
+
+
+def test_replay_draws(norms, tmp_path, absent):
+    try:
+        import matplotlib.image
+    except ImportError:
+        absent("matplotlib is not installed")
+    done = autoclip("replay", norms, "--plot", tmp_path / "norms.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert matplotlib.image.imread(tmp_path / "norms.png").std() > 0.05
+    done = autoclip("replay", norms, "--plot", tmp_path / "norms.xyz")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
+def test_info_tells_what_is_installed():
+    done = autoclip("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(line.split(None, 1) for line in done.stdout.splitlines() if not line.startswith("backend "))
+    assert facts["autoclip-core"] == autoclip_core.__version__
+    assert facts["numpy"] == np.__version__
+    content = json.loads(autoclip("info", "--json").stdout)
+    assert content["backend"].startswith(NormHistory().backend)
+    assert content["backend native"].startswith("ABI 1, ")
+    assert content["backend numba"].startswith("numba ")
+    assert content.keys() >= {"Python", "autoclip_torch", "autoclip_jax", "optax"}
+
+
+def test_info_tells_who_chose_the_backend(backend):
+    assert "by AUTOCLIP_BACKEND" in autoclip("info", AUTOCLIP_BACKEND=backend).stdout
+    assert "the first that loads" in autoclip("info", AUTOCLIP_BACKEND="").stdout
+    assert 'must be "native"' in autoclip("info", AUTOCLIP_BACKEND="cuda").stdout
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_inspect_shows_what_a_snapshot_holds(window, tmp_path):
+    history = NormHistory(window)
+    history.extend(np.random.default_rng(1).lognormal(size=500))
+    path = tmp_path / "history.ach"
+    path.write_bytes(history.to_bytes())
+    done = autoclip("inspect", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"sound, {len(history)} norms, {'a window of 300' if window else 'the whole history'}" in done.stdout
+    assert "█" in done.stdout
+    content = json.loads(autoclip("inspect", path, "--json").stdout)
+    assert content["percentiles"]["10"] == history.percentile(10.0)
+    assert (content["norms"], content["window"], content["sound"]) == (len(history), window, True)
+    assert sum(content["histogram"]["counts"]) == len(history)
+    ascii_only = autoclip("inspect", path, PYTHONIOENCODING="ascii").stdout
+    assert ascii_only.isascii()
+    assert "###" in ascii_only
+
+
+@pytest.mark.parametrize("norms", [[], [2.0], [2.0] * 9, [-1.0, 0.0, 1.0]])
+def test_inspect_shows_the_smallest_histories(norms, tmp_path):
+    history = NormHistory()
+    history.extend(norms)
+    path = tmp_path / "history.ach"
+    path.write_bytes(history.to_bytes())
+    for option in ([], ["--json"]):
+        done = autoclip("inspect", path, *option)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["replay", "absent.csv"], "absent.csv"),
+        (["replay", "broken.csv"], "broken.csv"),
+        (["replay", "metrics.csv", "-p", "101"], "101"),
+        (["replay", "metrics.csv", "-w", "0"], "window"),
+        (["replay", "metrics.csv", "-c", "loss"], "it has 'step', 'grad_norm'"),
+        (["inspect", "broken.csv"], "snapshot"),
+        (["inspect", "absent.ach"], "absent.ach"),
+    ],
+)
+def test_errors_are_one_sentence_and_a_code(arguments, says, norms, tmp_path):
+    (tmp_path / "broken.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    done = autoclip(arguments[0], tmp_path / arguments[1], *arguments[2:])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("autoclip: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_arguments_that_are_none_are_explained():
+    for arguments in ([], ["clip"], ["replay"]):
+        done = autoclip(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "usage" in done.stderr
+    for arguments in (["--help"], ["replay", "--help"], ["info", "--help"], ["inspect", "--help"]):
+        done = autoclip(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert arguments == ["--help"] or "examples:" in done.stdout
+
+
+def test_a_closed_pipe_ends_it_in_silence(norms):
+    done = subprocess.run(  # noqa: S602 - a pipe is what is tried
+        f"'{sys.executable}' -P -m autoclip_core replay '{norms}' --json | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+def test_program_is_installed():
+    done = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "autoclip"), "info"],  # noqa: PTH118, PTH120
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("autoclip-core")
