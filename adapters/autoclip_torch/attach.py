@@ -133,7 +133,6 @@ class _Hooks:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.take_back()  # a step that failed did not get as far as the hook behind it
-        self.take_back()  # a step that failed did not get as far as the hook behind it
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             if self._needs_closure:
@@ -145,7 +144,6 @@ class _Hooks:
             return None
 
         def closure_then_clip() -> Any:
-            self.take_back()
             self.take_back()
             loss = closure()
             self._clip_gradients()
@@ -166,7 +164,7 @@ class _Hooks:
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         gradients = self._clip._gradients()
         steps = self._clip._decide(gradients, grad_scale, found_inf)
-        if isinstance(steps, list) and is_dropped(steps):
+        if isinstance(steps, dict) and is_dropped(steps):
             self._clip._apply(gradients, steps)
             self._hide_gradients()
         elif steps and self._can_scale(gradients):
@@ -180,12 +178,12 @@ class _Hooks:
         return (
             getattr(self._optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in self._optimizer.param_groups)
-            and len(gradients.present) == 1
+            and gradients.count == 1
             and gradients.plain
         )
 
     def _let_scale(
-        self, steps: list[ClipStep] | DeviceStep, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, steps: dict[int, ClipStep] | DeviceStep, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Have the optimizer divide the gradients in its own pass, or leave everything alone if the step is dropped."""
         if isinstance(steps, DeviceStep):
