@@ -122,6 +122,8 @@ class AutoClip:
         self._latest: dict[str, ClipStep] = {}
         self._clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)
         self._warned = False
+        # What reads values on the host is not for torch.compile to trace.
+        self._step_untraced: Callable[[], Any] = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
         # Set by `attach`: ends the clipping inside optimizer.step().
         self._detach: Callable[[], None] | None = None
 
@@ -201,6 +203,8 @@ class AutoClip:
             AutoClipError: this AutoClip is attached to an optimizer, which clips already.
             NonFiniteNormError: a norm is NaN or infinite under `nonfinite="raise"`.
         """
+        if torch.compiler.is_compiling():
+            return self._step_untraced()
         if self._detach is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "

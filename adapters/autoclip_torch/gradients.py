@@ -49,12 +49,17 @@ class Gradients:
         # device, dtype and the process groups over which they are sharded.
         self._lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         self.first = None
-        self.plain = True
+        # There are no DTensors before somebody has imported their module, which takes a second.
+        module = sys.modules.get("torch.distributed.tensor")
+        dtensor = module.DTensor if module is not None else ()
+        dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
+        self.plain = not dtensors
+        _place_like_params(dtensors)
         param = next((param for params in groups for param in params), torch.empty(0))
         self.device, self.dtype = param.device, param.dtype
         for index, params in enumerate(groups):
             for param in params:
-                if _is_dtensor(param):
+                if isinstance(param, dtensor):
                     self._add_dtensor(param, index)
                 elif param.grad is not None:
                     self._add(param, param.grad, index)
@@ -68,7 +73,6 @@ class Gradients:
         self._add_local(grad, local, index, ())
 
     def _add_dtensor(self, param: Any, index: int) -> None:
-        self.plain = False
         placed = (param.device_mesh, param.placements)
         shards = self._shards_of.get(placed)
         if shards is None:
@@ -76,9 +80,6 @@ class Gradients:
             shards = tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if not place.is_replicate())
             self._shards_of[placed] = shards
         if param.grad is not None:
-            if param.grad.placements != param.placements:
-                # Partial sums, most often: the optimizer would have to add them up as well.
-                param.grad = param.grad.redistribute(placements=param.placements)
             local = param.grad.to_local()
             self._add_local(local, local, index, shards)
 
@@ -195,7 +196,26 @@ def _norms_of_groups(tensors: list[Tensor], indices: list[int]) -> Tensor:
     return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
 
 
-def _is_dtensor(param: Tensor) -> bool:
-    # There is none before somebody has imported their module, which takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(param, module.DTensor)
+def _place_like_params(params: list[Any]) -> None:
+    """Place gradients as their parameters are: the optimizer would have to do it as well, and tensor by tensor.
+
+    Most of them hold partial sums, as those of a norm layer in sequence parallelism do; these are added up together.
+    """
+    partial: dict[tuple[Any, ...], list[Any]] = {}
+    for param in params:
+        if param.grad is not None and param.grad.placements != param.placements:
+            pairs = list(zip(param.grad.placements, param.placements, strict=True))
+            dims = tuple(dim for dim, (now, wanted) in enumerate(pairs) if now != wanted)
+            if all(pairs[dim][0].is_partial("sum") and pairs[dim][1].is_replicate() for dim in dims):
+                partial.setdefault((param.device_mesh, dims, param.grad.dtype), []).append(param)
+            else:
+                param.grad = param.grad.redistribute(placements=param.placements)
+    for (mesh, dims, _), group in partial.items():
+        parts = [param.grad.to_local() for param in group]
+        sums = torch.cat([part.reshape(-1) for part in parts])
+        for dim in dims:
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        for param, part, summed in zip(group, parts, torch.split(sums, [part.numel() for part in parts]), strict=True):
+            grad = param.grad
+            whole = {"shape": grad.shape, "stride": grad.stride(), "run_check": False}
+            param.grad = type(grad).from_local(summed.view(part.shape), mesh, param.placements, **whole)
