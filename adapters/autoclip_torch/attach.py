@@ -67,7 +67,7 @@ def attach(
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already.
+        AutoClipError: the optimizer has an AutoClip already, or changes parameters during backward().
 
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -85,6 +85,11 @@ def attach(
     # Accelerate, Fabric and Lightning wrap the optimizer whose step() is called in the end.
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    if getattr(optimizer, "_overlap_with_ddp", False):  # a ZeroRedundancyOptimizer
+        raise AutoClipError(
+            "With overlap_with_ddp=True parameters change during backward(), before the norm of all gradients is "
+            "known; construct the ZeroRedundancyOptimizer without it."
+        )
     if optimizer in _attached:
         raise AutoClipError(
             f"This {type(optimizer).__name__} has an AutoClip attached already, and a second one would record norms "

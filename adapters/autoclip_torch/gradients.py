@@ -44,52 +44,41 @@ class Gradients:
     def __init__(self, groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup | None = None) -> None:
         self.count = len(groups)
         self._process_group = process_group
-        self._shards_of: dict[Any, tuple[ProcessGroup, ...]] = {}
         # Real, dense, local tensors that share their memory with the gradients, and the group of each. One list per
         # device, dtype and the process groups over which they are sharded.
         self._lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         self.first = None
-        # There are no DTensors before somebody has imported their module, which takes a second.
-        module = sys.modules.get("torch.distributed.tensor")
-        dtensor = module.DTensor if module is not None else ()
-        dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
-        self.plain = not dtensors
-        _place_like_params(dtensors)
         param = next((param for params in groups for param in params), torch.empty(0))
         self.device, self.dtype = param.device, param.dtype
+        # There are no DTensors before somebody has imported their module, which takes a second.
+        module = sys.modules.get("torch.distributed.tensor")
+        self._dtensor = module.DTensor if module is not None else ()
+        dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
+        self.plain = not dtensors
+        # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
+        self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+        _place_like_params(dtensors)
         for index, params in enumerate(groups):
             for param in params:
-                if isinstance(param, dtensor):
-                    self._add_dtensor(param, index)
-                elif param.grad is not None:
-                    self._add(param, param.grad, index)
+                if (grad := param.grad) is not None:
+                    self._add(param, grad, index)
 
-    def _add(self, param: Tensor, grad: Tensor, index: int) -> None:
+    def _add(self, param: Tensor, grad: Any, index: int) -> None:
+        shards: tuple[ProcessGroup, ...] = ()
         local = grad
         if grad.layout is not torch.strided:
             if grad.layout is torch.sparse_coo and not grad.is_coalesced():
                 param.grad = grad = grad.coalesce()
             local = grad.values()
-        self._add_local(grad, local, index, ())
-
-    def _add_dtensor(self, param: Any, index: int) -> None:
-        placed = (param.device_mesh, param.placements)
-        shards = self._shards_of.get(placed)
-        if shards is None:
-            mesh, placements = placed
-            shards = tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if not place.is_replicate())
-            self._shards_of[placed] = shards
-        if param.grad is not None:
-            local = param.grad.to_local()
-            self._add_local(local, local, index, shards)
-
-    def _add_local(self, first: Tensor, local: Tensor, index: int, shards: tuple[ProcessGroup, ...]) -> None:
-        if self.first is None:
-            self.first = first
-            self.device = local.device
+        elif isinstance(grad, self._dtensor):
+            local = grad = grad.to_local()
+            shards = self._shards_of[_place(param)]
         if local.is_complex():
             # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
             local = torch.view_as_real(local.conj() if local.is_conj() else local)
+        if self.first is None:
+            self.first = grad
+            self.device = local.device
         tensors, indices = self._lists.setdefault((local.device, local.dtype, shards), ([], []))
         tensors.append(local)
         indices.append(index)
@@ -194,6 +183,14 @@ def _norms_of_groups(tensors: list[Tensor], indices: list[int]) -> Tensor:
     if len(sizes) == len(tensors):
         return norms
     return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
+
+
+def _place(param: Any) -> tuple[Any, Any]:
+    return param.device_mesh, param.placements
+
+
+def _shards(mesh: Any, placements: Any) -> tuple[ProcessGroup, ...]:
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def _place_like_params(params: list[Any]) -> None:

@@ -145,6 +145,11 @@ def test_rank_without_gradients_takes_part(results, kind, scope, mode):
     assert returned[0]["steps"] == 3  # the second step() on the same gradients counts on no rank
 
 
+def test_optimizer_that_overlaps_with_backward_is_refused(results):
+    for messages in results(2, "overlap"):
+        assert ["overlap_with_ddp=True" in message for message in messages] == [True]
+
+
 @pytest.mark.parametrize("way", WAYS_OF_CHECKPOINTS, ids=str)
 def test_checkpoint_goes_on_with_another_number_of_ranks(results, alone, way):
     expected = alone(way)

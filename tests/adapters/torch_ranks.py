@@ -19,6 +19,8 @@ from autoclip_torch import AutoClip, attach
 from torch import distributed as dist
 from torch import nn
 
+from autoclip_core import AutoClipError
+
 STEPS, POISONED = 12, 5
 SAVED = {2: 4, 4: 8}  # the step before which a world of this size saves: the next one goes on from there
 PERCENTILE = 30.0
@@ -357,6 +359,19 @@ def collectives(rank, world, folder):
     return counted
 
 
+def overlap(rank, world, folder):
+    """The error for an optimizer that does not wait for all gradients."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(Model())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, overlap_with_ddp=True)
+    try:
+        attach(optimizer)
+    except AutoClipError as error:
+        return [str(error)]
+    return []
+
+
 # Checkpoints: a world of 2 saves, one of 4 goes on and saves, a single process goes on
 
 
@@ -397,6 +412,7 @@ def scenarios(world):
     if world > 1:
         found["collectives"] = collectives
     if world == 2:
+        found["overlap"] = overlap
         for mode in ("immediate", "deferred"):
             for scope in ("global", "parameter"):
                 way = Way(scope, mode, "step")
