@@ -67,7 +67,7 @@ def attach(
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already.
+        AutoClipError: the optimizer has an AutoClip already, or changes parameters during backward().
 
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -85,6 +85,11 @@ def attach(
     # Accelerate, Fabric and Lightning wrap the optimizer whose step() is called in the end.
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    if getattr(optimizer, "_overlap_with_ddp", False):  # a ZeroRedundancyOptimizer
+        raise AutoClipError(
+            "With overlap_with_ddp=True parameters change during backward(), before the norm of all gradients is "
+            "known; construct the ZeroRedundancyOptimizer without it."
+        )
     if optimizer in _attached:
         raise AutoClipError(
             f"This {type(optimizer).__name__} has an AutoClip attached already, and a second one would record norms "
@@ -133,7 +138,6 @@ class _Hooks:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.take_back()  # a step that failed did not get as far as the hook behind it
-        self.take_back()  # a step that failed did not get as far as the hook behind it
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             if self._needs_closure:
@@ -145,7 +149,6 @@ class _Hooks:
             return None
 
         def closure_then_clip() -> Any:
-            self.take_back()
             self.take_back()
             loss = closure()
             self._clip_gradients()
@@ -166,7 +169,7 @@ class _Hooks:
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         gradients = self._clip._gradients()
         steps = self._clip._decide(gradients, grad_scale, found_inf)
-        if isinstance(steps, list) and is_dropped(steps):
+        if isinstance(steps, dict) and is_dropped(steps):
             self._clip._apply(gradients, steps)
             self._hide_gradients()
         elif steps and self._can_scale(gradients):
@@ -180,12 +183,12 @@ class _Hooks:
         return (
             getattr(self._optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in self._optimizer.param_groups)
-            and len(gradients.present) == 1
+            and gradients.count == 1
             and gradients.plain
         )
 
     def _let_scale(
-        self, steps: list[ClipStep] | DeviceStep, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, steps: dict[int, ClipStep] | DeviceStep, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Have the optimizer divide the gradients in its own pass, or leave everything alone if the step is dropped."""
         if isinstance(steps, DeviceStep):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import ref
@@ -28,7 +28,7 @@ from autoclip_core import (
     StateError,
 )
 from autoclip_torch.deferred import Deferred, DeviceStep
-from autoclip_torch.gradients import Gradients, to_device
+from autoclip_torch.gradients import Gradients
 from autoclip_torch.groups import Groups, Parameters, Scope
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class AutoClip:
         self._latest: dict[str, ClipStep] = {}
         self._clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)
         self._warned = False
+        # What reads values on the host is not for torch.compile to trace.
+        self._step_untraced: Callable[[], Any] = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
         # Set by `attach`: ends the clipping inside optimizer.step().
         self._detach: Callable[[], None] | None = None
 
@@ -195,6 +197,8 @@ class AutoClip:
             AutoClipError: this AutoClip is attached to an optimizer, which clips already.
             NonFiniteNormError: a norm is NaN or infinite under `nonfinite="raise"`.
         """
+        if torch.compiler.is_compiling():
+            return self._step_untraced()
         if self._detach is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "
@@ -206,11 +210,13 @@ class AutoClip:
             self._apply(gradients, steps)
             self._leave(gradients, steps)
         if isinstance(steps, DeviceStep):
-            steps = [ClipStep(*fields) for fields in zip(*steps, strict=True)]
+            present = gradients.present
+            every = enumerate(zip(*steps, strict=True))
+            steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if self._groups.scope == "global":
             return steps[0]
         names = list(self._groups.by_name)
-        return {names[index]: step for index, step in zip(gradients.present, steps, strict=True)}
+        return {names[index]: steps[index] for index in sorted(steps)}
 
     def log(self) -> dict[str, float]:
         """Return the latest step for a logger: plain numbers by name, none before the first step.
@@ -323,7 +329,7 @@ class AutoClip:
             self._clips = {name: clips.get(name) or self._make_clip() for name in self._groups.by_name}
             self._deferred = None
         gradients = Gradients(list(self._groups.by_name.values()), self._process_group)
-        if gradients.first is None and self._process_group is None and not self._warned:
+        if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
                 "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
@@ -335,7 +341,7 @@ class AutoClip:
 
     def _decide(
         self, gradients: Gradients, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> list[ClipStep] | DeviceStep:
+    ) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
 
         Args:
@@ -344,22 +350,22 @@ class AutoClip:
             found_inf: its verdict; after an overflow the step is not seen.
 
         Returns:
-            A list of steps, empty if the step is not seen; or, deferred, one step of tensors, shape (groups,).
+            A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         deferred = self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF)
+        norms = gradients.norms()  # before anything that may differ between ranks
         if not deferred and found_inf is not None and found_inf.item():
-            return []
-        norms = gradients.norms()
+            return {}
         if grad_scale is not None:
             norms = norms / grad_scale.to(norms.device, non_blocking=True)
         left = self._left if self._left is not None and self._left.is_untouched(gradients) else None
         if deferred:
             return self._decide_on_device(gradients, norms, left, found_inf)
-        values: list[float] = norms.tolist()
-        if left is not None and left.has_norms(values):
-            clips = [list(self._clips.values())[index] for index in gradients.present]
-            return [ClipStep(norm, clip.threshold, 1.0, False, False) for norm, clip in zip(values, clips, strict=True)]
-        return self._observe(gradients.present, values)
+        found = _found(norms.tolist())
+        if left is not None and left.has_norms(found):
+            clips = list(self._clips.values())
+            return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
+        return self._observe(found)
 
     def _decide_on_device(
         self, gradients: Gradients, norms: Tensor, left: _Left | None, found_inf: Tensor | None
@@ -376,47 +382,38 @@ class AutoClip:
             norms = torch.where(left.has_norms_on_device(norms), -1.0, norms)
         if found_inf is not None:
             norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
-        present = gradients.present
-        if len(present) == len(self._clips):
-            return self._deferred.observe(norms, self._percentile)
-        places = to_device(present, gradients.device, torch.int64)
-        step = self._deferred.observe(
-            norms.new_full((len(self._clips),), -1.0).index_copy_(0, places, norms), self._percentile
-        )
-        return DeviceStep(*(field.index_select(0, places) for field in step))
+        return self._deferred.observe(norms, self._percentile)
 
-    def _observe(self, present: Sequence[int], norms: Sequence[float]) -> list[ClipStep]:
-        """Hand the norms of the groups that are present to the core."""
+    def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
+        """Hand the norms of the groups that have one to the core."""
         items = list(self._clips.items())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
-        order: Iterable[int] = range(len(norms))
-        if not all(map(isfinite, norms)):
-            order = sorted(order, key=lambda place: isfinite(norms[place]))
+        order: Iterable[int] = norms
+        if not all(map(isfinite, norms.values())):
+            order = sorted(norms, key=lambda index: isfinite(norms[index]))
         steps = {}
-        for place in order:
-            name, clip = items[present[place]]
+        for index in order:
+            name, clip = items[index]
             try:
-                steps[place] = clip.observe(norms[place])
+                steps[index] = clip.observe(norms[index])
             except NonFiniteNormError as error:
                 if self._groups.scope != "global":
                     error.add_note(f"It is the norm of the group {name!r}.")
                 raise
-        in_order = [steps[place] for place in range(len(norms))]
-        if in_order:
-            self._latest = {items[index][0]: step for index, step in zip(present, in_order, strict=True)}
-            self._clipped_shares.append(sum(step.clipped for step in in_order) / len(in_order))
-        return in_order
+        if steps:
+            self._latest = {items[index][0]: steps[index] for index in norms}
+            self._clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+        return steps
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had."""
-        present = [index for index, norm in enumerate(norms) if not norm < 0.0]
         now, self.percentile = self._percentile, percentile
         try:
-            self._observe(present, [norms[index] for index in present])
+            self._observe(_found(norms))
         finally:
             self.percentile = now
 
-    def _apply(self, gradients: Gradients, steps: list[ClipStep] | DeviceStep) -> None:
+    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
             keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
@@ -424,16 +421,22 @@ class AutoClip:
         elif is_dropped(steps):
             gradients.zero_()
         else:
-            gradients.scale_([step.scale for step in steps])
+            gradients.scale_({index: step.scale for index, step in steps.items()})
 
-    def _leave(self, gradients: Gradients, steps: list[ClipStep] | DeviceStep) -> None:
+    def _leave(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Remember the gradients as they were left."""
-        self._left = _Left(gradients.first, steps) if gradients.first is not None else None
+        # Where nobody has a gradient there is nothing to be left.
+        self._left = _Left(gradients, steps) if gradients.first is not None or gradients.is_shared else None
 
 
-def is_dropped(steps: list[ClipStep]) -> bool:
+def is_dropped(steps: dict[int, ClipStep]) -> bool:
     """Return whether the update must not be made: one group without a finite norm spoils it."""
-    return any(step.scale == 0.0 for step in steps)
+    return any(step.scale == 0.0 for step in steps.values())
+
+
+def _found(norms: list[float]) -> dict[int, float]:
+    """Return the norms by their groups, without those that no gradient has (NaN is found)."""
+    return {index: norm for index, norm in enumerate(norms) if not norm < 0.0}
 
 
 class _Left:
@@ -443,36 +446,36 @@ class _Left:
     linear loss is the same at every step.
     """
 
-    def __init__(self, first: Tensor, steps: list[ClipStep] | DeviceStep) -> None:
-        self._first = ref(first)
-        self._version = first._version
+    def __init__(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
+        self._first = ref(gradients.first) if gradients.first is not None else None
+        self._version = gradients.first._version if gradients.first is not None else 0
         self._norms: Any
         if isinstance(steps, DeviceStep):
             self._norms = steps.norm * steps.scale
         else:
-            self._norms = [step.norm * step.scale for step in steps]
-        self._tolerance = max(1e-5, 4 * torch.finfo(first.dtype).eps)
+            self._norms = {index: step.norm * step.scale for index, step in steps.items()}
+        self._tolerance = max(1e-5, 4 * torch.finfo(gradients.dtype).eps)
 
     def touch(self) -> None:
         """Take the optimizer's own writes for ours: fused ones write the gradients they have scaled."""
-        first = self._first()
+        first = self._first() if self._first is not None else None
         if first is not None:
             self._version = first._version
 
     def is_untouched(self, gradients: Gradients) -> bool:
-        """Return whether nobody has written to the first gradient."""
+        """Return whether nobody has written to the first gradient of this rank, be it none."""
         first = gradients.first
-        return first is not None and first is self._first() and first._version == self._version
+        if first is None or self._first is None:
+            return first is None and self._first is None
+        return first is self._first() and first._version == self._version
 
-    def has_norms(self, norms: list[float]) -> bool:
+    def has_norms(self, norms: dict[int, float]) -> bool:
         """Return whether the norms are those that were left."""
-        return len(norms) == len(self._norms) and all(
-            abs(norm - left) <= self._tolerance * left for norm, left in zip(norms, self._norms, strict=True)
+        return norms.keys() == self._norms.keys() and all(
+            abs(norm - self._norms[index]) <= self._tolerance * norm for index, norm in norms.items()
         )
 
     def has_norms_on_device(self, norms: Tensor) -> Tensor:
         """Return the same as a tensor, shape ()."""
-        if norms.shape != self._norms.shape:
-            return torch.zeros((), dtype=torch.bool, device=norms.device)
-        same: Tensor = ((norms - self._norms).abs() <= self._tolerance * self._norms).all()
+        same: Tensor = ((norms - self._norms).abs() <= self._tolerance * norms.abs()).all()
         return same

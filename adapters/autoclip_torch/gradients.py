@@ -4,7 +4,8 @@ What shaped this module, and must stay true:
 
 - All work is done by foreach functions over lists of plain tensors; no value of a single tensor reaches the host.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
-- A gradient that is sharded over ranks is measured where it lies; what crosses the network is one number per group.
+- A gradient that is sharded over ranks is measured where it lies; what crosses the network is two numbers per group, at
+  once for all parameters, whichever of them have gradients on a rank: no rank may be missing when norms are added up.
 - A non-finite gradient is never multiplied: 0 times infinity is NaN.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -35,109 +36,127 @@ class Gradients:
             holds all (or holds shards of them as DTensors, which know their ranks).
     """
 
-    first: Tensor | None  # as its parameter holds it; None if there is no gradient
+    count: int  # of the groups
+    first: Tensor | None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # of the first gradient: there are the norms
+    dtype: torch.dtype  # of the first parameter
     plain: bool  # whether there are no DTensors
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup | None = None) -> None:
+        self.count = len(groups)
         self._process_group = process_group
-        # A single group is always there, if only with a norm of 0: no rank may be missing when norms are added up.
-        self._present = {0} if len(groups) == 1 else set()
         # Real, dense, local tensors that share their memory with the gradients, and the group of each. One list per
-        # device, dtype and the meshes over which they are sharded.
+        # device, dtype and the process groups over which they are sharded.
         self._lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         self.first = None
-        self.plain = True
-        self.device = next((param.device for params in groups for param in params), torch.device("cpu"))
+        param = next((param for params in groups for param in params), torch.empty(0))
+        self.device, self.dtype = param.device, param.dtype
+        # There are no DTensors before somebody has imported their module, which takes a second.
+        module = sys.modules.get("torch.distributed.tensor")
+        self._dtensor = module.DTensor if module is not None else ()
+        dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
+        self.plain = not dtensors
+        # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
+        self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+        _place_like_params(dtensors)
         for index, params in enumerate(groups):
             for param in params:
-                if param.grad is not None:
-                    self._add(param, param.grad, index)
+                if (grad := param.grad) is not None:
+                    self._add(param, grad, index)
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
         shards: tuple[ProcessGroup, ...] = ()
+        local = grad
         if grad.layout is not torch.strided:
             if grad.layout is torch.sparse_coo and not grad.is_coalesced():
                 param.grad = grad = grad.coalesce()
             local = grad.values()
-        elif type(grad) is not Tensor and _is_dtensor(grad):
-            param.grad = grad = _without_partial_sums(grad)
-            local, shards = grad.to_local(), _shards(grad)
-            self.plain = False
-        else:
-            local = grad
+        elif isinstance(grad, self._dtensor):
+            local = grad = grad.to_local()
+            shards = self._shards_of[_place(param)]
         if local.is_complex():
             # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
             local = torch.view_as_real(local.conj() if local.is_conj() else local)
         if self.first is None:
             self.first = grad
             self.device = local.device
-        self._present.add(index)
         tensors, indices = self._lists.setdefault((local.device, local.dtype, shards), ([], []))
         tensors.append(local)
         indices.append(index)
 
     @property
-    def present(self) -> list[int]:
-        """The groups that have gradients, ascending; a single group even if it has none."""
-        return sorted(self._present)
+    def is_shared(self) -> bool:
+        """Whether norms are added up over ranks."""
+        return self._process_group is not None or any(self._shards_of.values())
+
+    @property
+    def present(self) -> set[int]:
+        """The groups that have gradients on this rank; a single group even if it has none."""
+        return {0} if self.count == 1 else {index for _, indices in self._lists.values() for index in indices}
 
     def norms(self) -> Tensor:
-        """Return the L2 norm of each group in `present`, shape (groups,), in float32 or wider; one collective per mesh.
+        """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
-        Elements above about 1e19 overflow in float32 and make the norm infinite, as in torch itself.
+        Without gradients on any rank a group has a negative norm, and a single group has the norm 0. Elements above
+        about 1e19 overflow in float32 and make the norm infinite, as in torch itself.
         """
-        if len(self._lists) == 1 and self._process_group is None:
-            (((_, _, shards), (tensors, indices)),) = self._lists.items()
-            if not shards:
-                return _norms_of_groups(tensors, indices)
-        # Squares of float32 numbers are exact in float64, and cannot overflow.
-        squares: dict[tuple[ProcessGroup, ...], Tensor] = {}
-        present = self.present
+        if len(self._lists) == 1 and not self.is_shared:
+            ((tensors, indices),) = self._lists.values()
+            norms = _norms_of_groups(tensors, indices)
+            return norms if len(norms) == self.count else self._spread(norms, indices, -1.0)
+        # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
+        # exact in float64, and cannot overflow.
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        nothing = torch.zeros((2, self.count), dtype=wide, device=self.device)
+        sums = dict.fromkeys([(), *self._shards_of.values()], nothing)
         for (_, _, shards), (tensors, indices) in self._lists.items():
-            square = _norms_of_groups(tensors, indices).to(self.device, _widest(self.device)).square()
-            found = sorted(set(indices))
-            if found != present:
-                places = to_device([present.index(index) for index in found], self.device, torch.int64)
-                square = square.new_zeros(len(present)).index_copy_(0, places, square)
-            squares[shards] = squares[shards] + square if shards in squares else square
-        total = torch.zeros(len(present), dtype=_widest(self.device), device=self.device)
-        for shards, square in squares.items():
-            for group in shards:
-                torch.distributed.all_reduce(square, group=group)
-            total = total + square
+            squares = _norms_of_groups(tensors, indices).to(self.device, wide).square()
+            found = torch.stack([squares, torch.ones_like(squares)])
+            if len(squares) < self.count:
+                found = self._spread(found, indices, 0.0)
+            sums[shards] = sums[shards] + found
+        for group in dict.fromkeys(group for shards in sums for group in shards):
+            sharded = [shards for shards in sums if group in shards]
+            joint = torch.stack([sums[shards] for shards in sharded])
+            torch.distributed.all_reduce(joint, group=group)
+            sums.update(zip(sharded, joint, strict=True))
+        total = torch.stack(list(sums.values())).sum(0)
         if self._process_group is not None:
             torch.distributed.all_reduce(total, group=self._process_group)
-        return total.sqrt()
+        norms = total[0].sqrt()
+        return norms if self.count == 1 else torch.where(total[1] > 0, norms, -1.0)
 
-    def scale_(self, scales: Sequence[float]) -> None:
-        """Multiply the gradients of each group in `present` by its scale."""
-        by_group = dict(zip(self.present, scales, strict=True))
+    def _spread(self, found: Tensor, indices: list[int], fill: float) -> Tensor:
+        """Return values of the groups found, shape (..., found), as values of all groups."""
+        places = to_device(sorted(set(indices)), self.device, torch.int64)
+        return found.new_full((*found.shape[:-1], self.count), fill).index_copy_(-1, places, found.to(self.device))
+
+    def scale_(self, scales: Mapping[int, float]) -> None:
+        """Multiply the gradients of each group by its scale."""
         for tensors, indices in self._lists.values():
-            if len(by_group) == 1:
+            if self.count == 1:
                 if scales[0] != 1.0:
                     torch._foreach_mul_(tensors, _factor(scales[0], tensors[0]))
                 continue
-            shortened = [at for at, index in enumerate(indices) if by_group[index] != 1.0]
+            shortened = [at for at, index in enumerate(indices) if scales[index] != 1.0]
             if shortened:
-                torch._foreach_mul_([tensors[at] for at in shortened], [by_group[indices[at]] for at in shortened])
+                torch._foreach_mul_([tensors[at] for at in shortened], [scales[indices[at]] for at in shortened])
 
     def scale_on_device_(self, scales: Tensor, keep: Tensor | None) -> None:
-        """Multiply the gradients of each group in `present` by its scale, which the host does not know.
+        """Multiply the gradients of each group by its scale, which the host does not know.
 
         Args:
             scales: shape (groups,).
             keep: a bool, shape (), on the same device; where it is False the gradients become zeros, whatever they
                 were. None is True.
         """
-        places = {index: place for place, index in enumerate(self.present)}
         for (device, dtype, _), (tensors, indices) in self._lists.items():
             # Half precision would round the scale to three digits.
             factors = scales.to(device, _wide(dtype), non_blocking=True).unbind()
             if len(factors) == 1:
                 torch._foreach_mul_(tensors, factors[0])
             else:
-                torch._foreach_mul_(tensors, [factors[places[index]] for index in indices])
+                torch._foreach_mul_(tensors, [factors[index] for index in indices])
             if keep is not None:
                 # A product of bits, so that NaN becomes zero, in one pass over all tensors.
                 bits = _BITS[dtype.itemsize]
@@ -190,23 +209,34 @@ def _norms_of_groups(tensors: list[Tensor], indices: list[int]) -> Tensor:
     return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
 
 
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+def _place(param: Any) -> tuple[Any, Any]:
+    return param.device_mesh, param.placements
 
 
-def _is_dtensor(grad: Tensor) -> bool:
-    # There is none before somebody has imported their module, which takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(grad, module.DTensor)
+def _shards(mesh: Any, placements: Any) -> tuple[ProcessGroup, ...]:
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
-def _without_partial_sums(grad: Any) -> Any:
-    if not any(placement.is_partial() for placement in grad.placements):
-        return grad
-    replicate = sys.modules["torch.distributed.tensor"].Replicate()
-    return grad.redistribute(placements=[replicate if p.is_partial() else p for p in grad.placements])
+def _place_like_params(params: list[Any]) -> None:
+    """Place gradients as their parameters are: the optimizer would have to do it as well, and tensor by tensor.
 
-
-def _shards(grad: Any) -> tuple[ProcessGroup, ...]:
-    mesh = grad.device_mesh
-    return tuple(mesh.get_group(dim) for dim, place in enumerate(grad.placements) if not place.is_replicate())
+    Most of them hold partial sums, as those of a norm layer in sequence parallelism do; these are added up together.
+    """
+    partial: dict[tuple[Any, ...], list[Any]] = {}
+    for param in params:
+        if param.grad is not None and param.grad.placements != param.placements:
+            pairs = list(zip(param.grad.placements, param.placements, strict=True))
+            dims = tuple(dim for dim, (now, wanted) in enumerate(pairs) if now != wanted)
+            if all(pairs[dim][0].is_partial("sum") and pairs[dim][1].is_replicate() for dim in dims):
+                partial.setdefault((param.device_mesh, dims, param.grad.dtype), []).append(param)
+            else:
+                param.grad = param.grad.redistribute(placements=param.placements)
+    for (mesh, dims, _), group in partial.items():
+        parts = [param.grad.to_local() for param in group]
+        sums = torch.cat([part.reshape(-1) for part in parts])
+        for dim in dims:
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        for param, part, summed in zip(group, parts, torch.split(sums, [part.numel() for part in parts]), strict=True):
+            grad = param.grad
+            whole = {"shape": grad.shape, "stride": grad.stride(), "run_check": False}
+            param.grad = type(grad).from_local(summed.view(part.shape), mesh, param.placements, **whole)
