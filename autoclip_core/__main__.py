@@ -172,14 +172,14 @@ def _plot(norms: NDArray[np.float64], results: list[Replay], path: Path) -> None
 
 
 def _info(options: argparse.Namespace) -> None:
-    from autoclip_core import __version__
+    import autoclip_core
 
     try:
         chosen = f"{_backend.find_backend(None).name} ({_backend.why()})"
     except AutoClipError as error:
         chosen = f"none: {error}"
     facts = {
-        "autoclip-core": __version__,
+        "autoclip-core": autoclip_core.__version__,
         "backend": chosen,
         **{f"backend {name}": build for name, build in _backend.backends().items()},
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

@@ -41,12 +41,12 @@ def plot_norms(
     import numpy as np
 
     norms, thresholds = np.asarray(norms, dtype=np.float64), np.asarray(thresholds, dtype=np.float64)
-    above = norms > thresholds if clipped is None else np.asarray(clipped, dtype=bool)
-    if not norms.shape == thresholds.shape == above.shape or norms.ndim != 1:
+    shapes = [norms.shape, thresholds.shape, norms.shape if clipped is None else np.shape(clipped)]
+    if len({*shapes}) > 1 or norms.ndim != 1:
         raise AutoClipValueError(
-            f"norms, thresholds and clipped must have one shape (steps,), but theirs are {norms.shape}, "
-            f"{thresholds.shape} and {above.shape}."
+            f"norms, thresholds and clipped must have one shape (steps,), but theirs are {', '.join(map(str, shapes))}."
         )
+    above = norms > thresholds if clipped is None else np.asarray(clipped, dtype=bool)
     axes = _axes(axes)
     steps = np.unique(np.linspace(0, len(norms) - 1, min(len(norms), _MOST_POINTS)).astype(np.int64))
     drawn = steps[(norms[steps] > 0.0) & np.isfinite(norms[steps])]
@@ -56,7 +56,7 @@ def plot_norms(
         (above, _CLIPPED, "^", f"norm, clipped ({above.mean():.0%} of the steps)"),
     ):
         some = drawn[mask[drawn]]
-        axes.scatter(some, norms[some], size, color, marker, label=what, linewidths=0, rasterized=True)
+        axes.scatter(some, norms[some], size, color, marker=marker, label=what, linewidths=0, rasterized=True)
     axes.plot(steps, np.where(np.isfinite(thresholds[steps]), thresholds[steps], np.nan), _THRESHOLD, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("step")

@@ -152,11 +152,11 @@ def read_norms(path: str | Path, column: str | None = None) -> tuple[NDArray[np.
             raise AutoClipValueError(f"{path} holds {array.dtype}, but norms are real numbers.")
         return array.astype(np.float64).reshape(-1), path.stem
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = next((line for line in file if line.strip()), "")
+        first = next((line.strip()[0] for line in file if line.strip()), "")
         file.seek(0)
-        if first.lstrip()[:1] == "[" or (first.lstrip()[:1] == "{" and not first.rstrip().endswith("}")):
+        if first == "[" or (first == "{" and path.suffix == ".json"):
             return _read_json(path, file.read(), column)
-        if first.lstrip()[:1] == "{":
+        if first == "{":
             return _from_rows(path, _json_lines(path, file), column)
         return _read_csv(path, file, column)
 
@@ -177,7 +177,7 @@ def _read_json(path: Path, text: str, column: str | None) -> tuple[NDArray[np.fl
     try:
         content = json.loads(text)
     except ValueError:
-        if text.lstrip()[:1] == "{":
+        if text.lstrip()[0] == "{":  # JSON lines under another name
             return _from_rows(path, _json_lines(path, text.splitlines()), column)
         raise AutoClipValueError(f"{path} is not JSON.") from None
     if isinstance(content, Mapping):  # the Trainer's state
