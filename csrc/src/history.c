@@ -179,27 +179,16 @@ static bool buffer_erase(autoclip_history *history, double norm) {
     return true;
 }
 
-/* How many leaves are on their way from memory while one is worked on. */
-enum { PREFETCH_AHEAD = 8 };
-
 /* Move the whole buffer into the tree. What did not fit into memory stays in the buffer. */
 static autoclip_status settle(autoclip_history *history) {
     const size_t count = history->buffered;
     if (count == 0) return AUTOCLIP_OK;
     if (count > history->tree.size / 4) return rebuild(history, iterate_array(NULL, 0), 0);
-    const double *norms = history->buffer;
-    autoclip_status status = AUTOCLIP_OK;
-    size_t done = 0;
-    for (size_t i = 0; i < PREFETCH_AHEAD && i < count; ++i) ostree_prefetch(&history->tree, norms[i]);
-    for (; done < count && status == AUTOCLIP_OK; ++done) {
-        if (done + PREFETCH_AHEAD < count) ostree_prefetch(&history->tree, norms[done + PREFETCH_AHEAD]);
-        status = ostree_insert(&history->tree, norms[done]);
-    }
-    if (status != AUTOCLIP_OK) done -= 1;
+    const size_t done = ostree_insert(&history->tree, history->buffer, count);
     history->buffered = count - done;
-    memmove(history->buffer, norms + done, history->buffered * sizeof *norms);
+    memmove(history->buffer, history->buffer + done, history->buffered * sizeof *history->buffer);
     forget_cursor(history);
-    return status;
+    return done == count ? AUTOCLIP_OK : AUTOCLIP_NO_MEMORY;
 }
 
 /* A full window loses its oldest norms next: move as many as half the buffer from the tree to the empty buffer. */
@@ -207,17 +196,8 @@ static void recall_oldest(autoclip_history *history) {
     uint64_t count = HISTORY_BUFFER / 2;
     if (count > history->tree.size) count = history->tree.size;
     if (count > history->buffer_capacity) count = history->buffer_capacity;
-    for (uint64_t i = 0; i < PREFETCH_AHEAD && i < count; ++i) {
-        ostree_prefetch(&history->tree, history_by_age(history, i));
-    }
-    for (uint64_t i = 0; i < count; ++i) {
-        if (i + PREFETCH_AHEAD < count) {
-            ostree_prefetch(&history->tree, history_by_age(history, i + PREFETCH_AHEAD));
-        }
-        const double norm = history_by_age(history, i);
-        ostree_erase(&history->tree, norm);
-        buffer_insert(history, norm);
-    }
+    for (uint64_t i = 0; i < count; ++i) buffer_insert(history, history_by_age(history, i));
+    (void)ostree_erase(&history->tree, history->buffer, (size_t)count);
     forget_cursor(history);
 }
 
@@ -287,7 +267,7 @@ static void remember(autoclip_history *history, double norm) {
             if (!buffer_erase(history, oldest)) {
                 if (settle(history) == AUTOCLIP_OK) recall_oldest(history);
                 if (!buffer_erase(history, oldest)) {
-                    ostree_erase(&history->tree, oldest);
+                    (void)ostree_erase(&history->tree, &oldest, 1);
                     forget_cursor(history);
                 }
             }

@@ -162,39 +162,37 @@ static void deal(ostree *tree, ostree_inner *parent, unsigned level, size_t firs
 
 /* From the root to a leaf: the entry followed on each level, counted from the leaves: step[1] is the leaf's parent. */
 struct path {
+    ostree_node *leaf;
     struct {
         ostree_inner *inner;
         size_t at;
     } step[OSTREE_MAX_HEIGHT + 1];
-    ostree_node *leaf;
-    size_t leaf_size;
 };
 
-static void descend(const ostree *tree, double key, struct path *path) {
-    ostree_node *node = tree->root;
-    uint64_t size = tree->size;
-    for (unsigned level = tree->height; level > 0; --level) {
-        ostree_inner *inner = &node->inner;
-        const size_t at = child_of(inner, key);
-        path->step[level].inner = inner;
-        path->step[level].at = at;
-        size = inner->count[at];
-        node = inner->child[at];
-    }
-    path->leaf = node;
-    path->leaf_size = (size_t)size;
+/* How many keys descend together. */
+enum { TOGETHER = 16 };
+
+static void prefetch(const ostree_node *node, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += OSTREE_ALIGNMENT) PREFETCH((const char *)node + i);
 }
 
-void ostree_prefetch(const ostree *tree, double key) {
-    if (tree->height == 0) return;
-    const ostree_node *node = tree->root;
-    uint64_t size = 0;
+/* Find the leaf of each key, level by level: while the search of one key waits for its node, those of the others go on. */
+static void descend(const ostree *tree, const double *keys, size_t count, struct path *paths) {
+    for (size_t i = 0; i < count; ++i) paths[i].leaf = tree->root;
     for (unsigned level = tree->height; level > 0; --level) {
-        const size_t at = child_of(&node->inner, key);
-        size = node->inner.count[at];
-        node = node->inner.child[at];
+        for (size_t i = 0; i < count; ++i) {
+            ostree_inner *inner = &paths[i].leaf->inner;
+            const size_t at = child_of(inner, keys[i]);
+            paths[i].step[level].inner = inner;
+            paths[i].step[level].at = at;
+            paths[i].leaf = inner->child[at];
+            prefetch(paths[i].leaf, level == 1 ? (size_t)inner->count[at] * sizeof(double) : sizeof *inner);
+        }
     }
-    for (size_t i = 0; i < size; i += OSTREE_ALIGNMENT / sizeof(double)) PREFETCH(node->keys + i);
+}
+
+static size_t leaf_size(const ostree *tree, const struct path *path) {
+    return (size_t)(tree->height == 0 ? tree->size : path->step[1].inner->count[path->step[1].at]);
 }
 
 uint64_t ostree_rank(const ostree *tree, double key) {
@@ -302,30 +300,45 @@ static void make_room(ostree *tree, const struct path *path, double key) {
     }
 }
 
-autoclip_status ostree_insert(ostree *tree, double key) {
-    if (tree->root == NULL) {
-        if (!pool_reserve(tree, 1)) return AUTOCLIP_NO_MEMORY;
-        tree->root = pool_take(tree);
-    }
-    struct path path;
-    descend(tree, key, &path);
-    while (path.leaf_size == OSTREE_LEAF) {
-        if (!pool_reserve(tree, 2)) return AUTOCLIP_NO_MEMORY;
-        make_room(tree, &path, key);
-        descend(tree, key, &path);
-    }
-    double *keys = path.leaf->keys;
-    const size_t at = upper_bound(keys, path.leaf_size, key);
-    memmove(keys + at + 1, keys + at, (path.leaf_size - at) * sizeof *keys);
+/* There is room in the leaf. */
+static void insert_into_leaf(ostree *tree, const struct path *path, double key) {
+    double *keys = path->leaf->keys;
+    const size_t size = leaf_size(tree, path);
+    const size_t at = upper_bound(keys, size, key);
+    memmove(keys + at + 1, keys + at, (size - at) * sizeof *keys);
     keys[at] = key;
     tree->size += 1;
     for (unsigned level = 1; level <= tree->height; ++level) {
-        ostree_inner *inner = path.step[level].inner;
-        const size_t entry = path.step[level].at;
+        ostree_inner *inner = path->step[level].inner;
+        const size_t entry = path->step[level].at;
         inner->count[entry] += 1;
         if (key < inner->min[entry]) inner->min[entry] = key;
     }
-    return AUTOCLIP_OK;
+}
+
+size_t ostree_insert(ostree *tree, const double *keys, size_t count) {
+    if (tree->root == NULL) {
+        if (!pool_reserve(tree, 1)) return 0;
+        tree->root = pool_take(tree);
+    }
+    struct path paths[TOGETHER];
+    size_t done = 0;
+    while (done < count) {
+        const size_t group = count - done < TOGETHER ? count - done : TOGETHER;
+        descend(tree, keys + done, group, paths);
+        /* The paths of the others stay right until nodes change. */
+        bool same_nodes = true;
+        for (size_t i = 0; i < group && same_nodes; ++i, ++done) {
+            while (leaf_size(tree, &paths[i]) == OSTREE_LEAF) {
+                if (!pool_reserve(tree, 2)) return done;
+                make_room(tree, &paths[i], keys[done]);
+                descend(tree, &keys[done], 1, &paths[i]);
+                same_nodes = false;
+            }
+            insert_into_leaf(tree, &paths[i], keys[done]);
+        }
+    }
+    return done;
 }
 
 /* --- Erase ------------------------------------------------------------------------------------------------------ */
@@ -357,34 +370,33 @@ static void collapse_root(ostree *tree) {
     }
 }
 
-bool ostree_erase(ostree *tree, double key) {
-    if (tree->root == NULL) return false;
-    struct path path;
-    descend(tree, key, &path);
-    double *keys = path.leaf->keys;
-    const size_t after = upper_bound(keys, path.leaf_size, key);
-    if (after == 0 || keys[after - 1] != key) return false;
+/* Whether all nodes stayed in their places. */
+static bool erase_from_leaf(ostree *tree, const struct path *path, size_t at) {
+    double *keys = path->leaf->keys;
+    const size_t size = leaf_size(tree, path);
     tree->size -= 1;
-    if (path.leaf_size == 1 && (tree->height == 0 || path.step[1].inner->size == 1)) {
-        drop_right_edge(tree, &path);
+    if (size == 1 && (tree->height == 0 || path->step[1].inner->size == 1)) {
+        drop_right_edge(tree, path);
         collapse_root(tree);
-        return true;
+        return false;
     }
-    memmove(keys + after - 1, keys + after, (path.leaf_size - after) * sizeof *keys);
+    memmove(keys + at, keys + at + 1, (size - at - 1) * sizeof *keys);
     double min = keys[0];
     for (unsigned level = 1; level <= tree->height; ++level) {
-        ostree_inner *inner = path.step[level].inner;
-        const size_t at = path.step[level].at;
-        inner->count[at] -= 1;
-        inner->min[at] = min;
+        ostree_inner *inner = path->step[level].inner;
+        const size_t entry = path->step[level].at;
+        inner->count[entry] -= 1;
+        inner->min[entry] = min;
         min = inner->min[0];
     }
+    bool same_nodes = true;
     for (unsigned level = 0; level < tree->height; ++level) {
-        ostree_inner *parent = path.step[level + 1].inner;
-        const size_t at = path.step[level + 1].at;
+        ostree_inner *parent = path->step[level + 1].inner;
+        const size_t entry = path->step[level + 1].at;
         const size_t capacity = capacity_at(level);
-        if (child_size(parent, at, level) >= capacity / 2 || parent->size == 1) break;
-        const size_t left = at > 0 ? at - 1 : 0;
+        if (child_size(parent, entry, level) >= capacity / 2 || parent->size == 1) break;
+        same_nodes = false;
+        const size_t left = entry > 0 ? entry - 1 : 0;
         if (child_size(parent, left, level) + child_size(parent, left + 1, level) > capacity) {
             deal(tree, parent, level, left, 2, 2);
             break;
@@ -392,7 +404,26 @@ bool ostree_erase(ostree *tree, double key) {
         deal(tree, parent, level, left, 2, 1);
     }
     collapse_root(tree);
-    return true;
+    return same_nodes;
+}
+
+size_t ostree_erase(ostree *tree, const double *keys, size_t count) {
+    struct path paths[TOGETHER];
+    size_t done = 0;
+    while (done < count && tree->root != NULL) {
+        const size_t group = count - done < TOGETHER ? count - done : TOGETHER;
+        descend(tree, keys + done, group, paths);
+        bool same_nodes = true;
+        for (size_t i = 0; i < group && same_nodes; ++i, ++done) {
+            const size_t after = upper_bound(paths[i].leaf->keys, leaf_size(tree, &paths[i]), keys[done]);
+            if (after == 0 || paths[i].leaf->keys[after - 1] != keys[done]) {
+                if (i == 0) return done;
+                break; /* the last of several equal keys has left this leaf: descend again */
+            }
+            same_nodes = erase_from_leaf(tree, &paths[i], after - 1);
+        }
+    }
+    return done;
 }
 
 /* --- Build ------------------------------------------------------------------------------------------------------ */

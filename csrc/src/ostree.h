@@ -109,14 +109,12 @@ void ostree_clear(ostree *tree);
  * AUTOCLIP_BAD_SNAPSHOT if the reader stopped: then the tree is empty again. O(size). */
 autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source);
 
-/* Insert one key. AUTOCLIP_NO_MEMORY leaves the keys as they were. O(log n). */
-autoclip_status ostree_insert(ostree *tree, double key);
+/* Insert keys, and say how many: fewer than `count` only when there is no memory left. Fastest in ascending order.
+ * O(count log n). */
+size_t ostree_insert(ostree *tree, const double *keys, size_t count);
 
-/* Remove one key equal to `key`; false if there is none. O(log n). */
-bool ostree_erase(ostree *tree, double key);
-
-/* Ask the processor to fetch the leaf where `key` belongs, and do not wait for it. */
-void ostree_prefetch(const ostree *tree, double key);
+/* Remove one key equal to each of `keys`, up to the first that is not there, and say how many. O(count log n). */
+size_t ostree_erase(ostree *tree, const double *keys, size_t count);
 
 /* The number of keys below `key`. O(log n). */
 uint64_t ostree_rank(const ostree *tree, double key);
