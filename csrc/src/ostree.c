@@ -170,7 +170,7 @@ struct path {
 };
 
 /* How many keys descend together. */
-enum { TOGETHER = 16 };
+enum { TOGETHER = 12 };
 
 static void prefetch(const ostree_node *node, size_t bytes) {
     for (size_t i = 0; i < bytes; i += OSTREE_ALIGNMENT) PREFETCH((const char *)node + i);
@@ -186,7 +186,7 @@ static void descend(const ostree *tree, const double *keys, size_t count, struct
             paths[i].step[level].inner = inner;
             paths[i].step[level].at = at;
             paths[i].leaf = inner->child[at];
-            prefetch(paths[i].leaf, level == 1 ? (size_t)inner->count[at] * sizeof(double) : sizeof *inner);
+            prefetch(paths[i].leaf, level == 1 ? (size_t)inner->count[at] * sizeof(double) : sizeof inner->min + 8);
         }
     }
 }
