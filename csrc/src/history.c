@@ -439,10 +439,8 @@ static size_t find_buffered_before(autoclip_history *history, uint64_t rank) {
         /* all from one of the two, or nothing buffered */
     } else if (!in_leaf(history, rank - near - 1)) {
         history->leaf = ostree_locate(&history->tree, history->buffer, history->buffered, rank);
-        const uint64_t first = history->leaf.first;
-        const uint64_t end = first + history->leaf.size;
-        if (rank - first < high) high = (size_t)(rank - first);
-        if (rank > end && rank - end > low) low = (size_t)(rank - end);
+        low = clamp(history->leaf.others_low, low, high);
+        high = clamp(history->leaf.others_high, low, high);
     } else if (enough_buffered(history, rank, near)) {
         high = near;
         for (size_t step = 1; low + step <= high; step *= 2) {

@@ -212,22 +212,31 @@ uint64_t ostree_rank(const ostree *tree, double key) {
 
 ostree_span ostree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank) {
     const ostree_node *node = tree->root;
-    uint64_t first = 0;
-    uint64_t size = tree->size;
+    const double *min = NULL; /* of this leaf and of the next, as their parents know them: the keys are far away */
+    const double *next_min = NULL;
+    ostree_span leaf = {.size = tree->size, .others_high = others_size};
     for (unsigned level = tree->height; level > 0; --level) {
         const ostree_inner *inner = &node->inner;
         size_t at = 0;
         for (; at + 1 < inner->size; ++at) {
             /* The others are asked only where they can decide. */
-            const uint64_t next = first + inner->count[at];
+            const uint64_t next = leaf.first + inner->count[at];
             if (next > rank) break;
             if (next + others_size > rank && next + lower_bound(others, others_size, inner->min[at + 1]) > rank) break;
-            first = next;
+            leaf.first = next;
         }
-        size = inner->count[at];
+        min = inner->min + at;
+        if (at + 1 < inner->size) next_min = min + 1;
+        leaf.size = inner->count[at];
         node = inner->child[at];
     }
-    return (ostree_span){.keys = node->keys, .first = first, .size = size};
+    leaf.keys = node->keys;
+    if (others_size > 0) {
+        PREFETCH(leaf.keys + (rank - leaf.first) % OSTREE_LEAF);
+        if (min != NULL) leaf.others_low = lower_bound(others, others_size, *min);
+        if (next_min != NULL) leaf.others_high = lower_bound(others, others_size, *next_min);
+    }
+    return leaf;
 }
 
 /* --- Insert ----------------------------------------------------------------------------------------------------- */

@@ -69,6 +69,7 @@ typedef struct ostree_span {
     const double *keys;
     uint64_t first;
     uint64_t size;
+    size_t others_low, others_high; /* ostree_locate: so many others at least and at most are before the rank asked for */
 } ostree_span;
 
 /* Write the next `count` keys in ascending order; false stops the build. */
