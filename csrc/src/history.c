@@ -299,17 +299,22 @@ autoclip_status autoclip_history_push(autoclip_history *history, double norm) {
     return status;
 }
 
-/* These two look at every norm without a branch, so that compilers turn them into vector code. */
+/* One more in the exponent of infinities and NaN carries into the sign. Without a branch: compilers make vector code. */
 static bool all_finite(const double *norms, size_t count) {
-    size_t finite = 0;
-    for (size_t i = 0; i < count; ++i) finite += norms[i] - norms[i] == 0.0;
-    return finite == count;
+    uint64_t carries = 0;
+    for (size_t i = 0; i < count; ++i) {
+        uint64_t bits;
+        memcpy(&bits, norms + i, sizeof bits);
+        carries |= (bits & UINT64_C(0x7FF) << 52) + (UINT64_C(1) << 52);
+    }
+    return carries >> 63 == 0;
 }
 
 static bool is_ascending(const double *norms, size_t count) {
-    size_t descents = 0;
-    for (size_t i = 1; i < count; ++i) descents += norms[i] < norms[i - 1];
-    return descents == 0;
+    for (size_t i = 1; i < count; ++i) {
+        if (norms[i] < norms[i - 1]) return false;
+    }
+    return true;
 }
 
 /* Whether some zero among ascending norms is a -0.0, which must be rewritten. */
@@ -325,11 +330,9 @@ static autoclip_status extend_by_rebuild(autoclip_history *history, const double
         return rebuild(history, iterate_array(norms, count), count);
     }
     struct memory *memory = &history->memory;
-    double *sorted = memory_allocate(memory, count * sizeof *sorted);
+    double *sorted = sorted_copy(memory, norms, count);
     if (sorted == NULL) return AUTOCLIP_NO_MEMORY;
-    for (size_t i = 0; i < count; ++i) sorted[i] = norms[i] + 0.0;
-    autoclip_status status = AUTOCLIP_NO_MEMORY;
-    if (sort_keys(memory, sorted, count)) status = rebuild(history, iterate_array(sorted, count), count);
+    const autoclip_status status = rebuild(history, iterate_array(sorted, count), count);
     memory_release(memory, sorted, count * sizeof *sorted);
     return status;
 }
