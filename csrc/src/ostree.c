@@ -2,23 +2,17 @@
 
 #include <string.h>
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) ((void)(address))
-#endif
-
 /* --- The pool: nodes from chunks that grow with the tree -------------------------------------------------------- */
 
-void ostree_init(ostree *tree, struct memory *memory) { *tree = (ostree){.memory = memory}; }
+void autoclip_tree_init(ostree *tree, struct memory *memory) { *tree = (ostree){.memory = memory}; }
 
-void ostree_clear(ostree *tree) {
+void autoclip_tree_clear(ostree *tree) {
     for (ostree_chunk *chunk = tree->chunks; chunk != NULL;) {
         ostree_chunk *next = chunk->next;
         memory_release(tree->memory, chunk, chunk->bytes);
         chunk = next;
     }
-    ostree_init(tree, tree->memory);
+    autoclip_tree_init(tree, tree->memory);
 }
 
 static void pool_give(ostree *tree, ostree_node *node) {
@@ -172,10 +166,6 @@ struct path {
 /* How many keys descend together. */
 enum { TOGETHER = 12 };
 
-static void prefetch(const ostree_node *node, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += OSTREE_ALIGNMENT) PREFETCH((const char *)node + i);
-}
-
 /* Find the leaf of each key, level by level: while the search of one key waits for its node, those of the others go on. */
 static void descend(const ostree *tree, const double *keys, size_t count, struct path *paths) {
     for (size_t i = 0; i < count; ++i) paths[i].leaf = tree->root;
@@ -185,8 +175,14 @@ static void descend(const ostree *tree, const double *keys, size_t count, struct
             const size_t at = child_of(inner, keys[i]);
             paths[i].step[level].inner = inner;
             paths[i].step[level].at = at;
-            paths[i].leaf = inner->child[at];
-            prefetch(paths[i].leaf, level == 1 ? (size_t)inner->count[at] * sizeof(double) : sizeof inner->min + 8);
+            ostree_node *child = inner->child[at];
+            paths[i].leaf = child;
+            if (level > 1) {
+                prefetch(child, offsetof(ostree_inner, count));
+            } else {
+                prefetch(child->keys, sizeof(double));
+                prefetch(child->keys + OSTREE_LEAF / 2, sizeof(double));
+            }
         }
     }
 }
@@ -195,7 +191,7 @@ static size_t leaf_size(const ostree *tree, const struct path *path) {
     return (size_t)(tree->height == 0 ? tree->size : path->step[1].inner->count[path->step[1].at]);
 }
 
-uint64_t ostree_rank(const ostree *tree, double key) {
+uint64_t autoclip_tree_rank(const ostree *tree, double key) {
     const ostree_node *node = tree->root;
     uint64_t size = tree->size;
     uint64_t before = 0;
@@ -210,7 +206,7 @@ uint64_t ostree_rank(const ostree *tree, double key) {
     return size == 0 ? 0 : before + lower_bound(node->keys, (size_t)size, key);
 }
 
-ostree_span ostree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank) {
+ostree_span autoclip_tree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank) {
     const ostree_node *node = tree->root;
     const double *min = NULL; /* of this leaf and of the next, as their parents know them: the keys are far away */
     const double *next_min = NULL;
@@ -227,12 +223,13 @@ ostree_span ostree_locate(const ostree *tree, const double *others, size_t other
         }
         min = inner->min + at;
         if (at + 1 < inner->size) next_min = min + 1;
+        if (level == 1) leaf.next = at + 1 < inner->size ? inner->child[at + 1] : NULL;
         leaf.size = inner->count[at];
         node = inner->child[at];
     }
     leaf.keys = node->keys;
     if (others_size > 0) {
-        PREFETCH(leaf.keys + (rank - leaf.first) % OSTREE_LEAF);
+        prefetch(leaf.keys + (rank - leaf.first) % OSTREE_LEAF, sizeof(double));
         if (min != NULL) leaf.others_low = lower_bound(others, others_size, *min);
         if (next_min != NULL) leaf.others_high = lower_bound(others, others_size, *next_min);
     }
@@ -325,7 +322,7 @@ static void insert_into_leaf(ostree *tree, const struct path *path, double key) 
     }
 }
 
-size_t ostree_insert(ostree *tree, const double *keys, size_t count) {
+size_t autoclip_tree_insert(ostree *tree, const double *keys, size_t count) {
     if (tree->root == NULL) {
         if (!pool_reserve(tree, 1)) return 0;
         tree->root = pool_take(tree);
@@ -416,7 +413,7 @@ static bool erase_from_leaf(ostree *tree, const struct path *path, size_t at) {
     return same_nodes;
 }
 
-size_t ostree_erase(ostree *tree, const double *keys, size_t count) {
+size_t autoclip_tree_erase(ostree *tree, const double *keys, size_t count) {
     struct path paths[TOGETHER];
     size_t done = 0;
     while (done < count && tree->root != NULL) {
@@ -459,7 +456,7 @@ static ostree_node *build_node(ostree *tree, unsigned level, uint64_t capacity_b
     return node;
 }
 
-autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source) {
+autoclip_status autoclip_tree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source) {
     if (size == 0) return AUTOCLIP_OK;
     unsigned height = 0;
     uint64_t capacity = OSTREE_LEAF;
@@ -478,6 +475,6 @@ autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, v
     tree->height = height;
     tree->size = size;
     if (sound) return AUTOCLIP_OK;
-    ostree_clear(tree);
+    autoclip_tree_clear(tree);
     return AUTOCLIP_BAD_SNAPSHOT;
 }

@@ -97,7 +97,7 @@ static struct place *take_place(void) {
     if (table.block_count == 0 || table.block_used == block_size(table.block_count - 1)) {
         if (table.block_count == BLOCKS) return NULL;
         const uint32_t size = block_size(table.block_count);
-        struct place *places = memory_default_allocate(NULL, size * sizeof *places);
+        struct place *places = autoclip_memory_default_allocate(NULL, size * sizeof *places);
         if (places == NULL) return NULL;
         for (uint32_t i = 0; i < size; ++i) {
             places[i] = (struct place){.generation = 1, .index = table.place_count + i};

@@ -47,7 +47,7 @@ static bool repair(double *keys, size_t count) {
     return moves <= 4 * count;
 }
 
-double *sorted_copy(struct memory *memory, const double *keys, size_t count) {
+double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count) {
     const size_t bytes = count * sizeof *keys;
     double *copy[2];
     copy[0] = memory_allocate(memory, bytes);

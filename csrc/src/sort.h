@@ -8,6 +8,6 @@
 
 /* At least one finite key, copied in ascending order, -0.0 as 0.0; twice the memory while it runs. The caller releases
  * the copy; NULL when there is no memory. O(count). */
-double *sorted_copy(struct memory *memory, const double *keys, size_t count);
+double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count);
 
 #endif
