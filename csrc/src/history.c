@@ -170,13 +170,22 @@ static void buffer_insert(autoclip_history *history, double norm) {
     history->buffered_before += at < history->buffered_before;
 }
 
-static bool buffer_erase(autoclip_history *history, double norm) {
+/* Take one norm out and another in: only what stands between them moves. False if the first is not there. */
+static bool buffer_replace(autoclip_history *history, double leaving, double norm) {
     double *buffer = history->buffer;
-    const size_t after = upper_bound(buffer, history->buffered, norm);
-    if (after == 0 || buffer[after - 1] != norm) return false;
-    memmove(buffer + after - 1, buffer + after, (history->buffered - after) * sizeof *buffer);
-    history->buffered -= 1;
-    history->buffered_before -= after <= history->buffered_before;
+    const size_t after = upper_bound(buffer, history->buffered, leaving);
+    if (after == 0 || buffer[after - 1] != leaving) return false;
+    const size_t from = after - 1;
+    size_t to = upper_bound(buffer, history->buffered, norm);
+    if (to > from) {
+        to -= 1;
+        memmove(buffer + from, buffer + after, (to - from) * sizeof *buffer);
+    } else {
+        memmove(buffer + to + 1, buffer + to, (from - to) * sizeof *buffer);
+    }
+    buffer[to] = norm;
+    history->buffered_before -= from < history->buffered_before;
+    history->buffered_before += to < history->buffered_before;
     return true;
 }
 
@@ -262,12 +271,15 @@ static autoclip_status reserve(autoclip_history *history, uint64_t more) {
 static void remember(autoclip_history *history, double norm) {
     norm += 0.0; /* -0.0 becomes 0.0 */
     const uint64_t size = history_size(history);
+    bool placed = false;
     if (history->window > 0) {
         if (size == history->window) {
             const double oldest = history_by_age(history, 0);
-            if (!buffer_erase(history, oldest)) {
+            placed = buffer_replace(history, oldest, norm);
+            if (!placed) {
                 if (settle(history) == AUTOCLIP_OK) recall_oldest(history);
-                if (!buffer_erase(history, oldest)) {
+                placed = buffer_replace(history, oldest, norm);
+                if (!placed) {
                     (void)autoclip_tree_erase(&history->tree, &oldest, 1);
                     forget_cursor(history);
                 }
@@ -279,6 +291,7 @@ static void remember(autoclip_history *history, double norm) {
             history->ring[at < history->ring_capacity ? at : at - history->ring_capacity] = norm;
         }
     }
+    if (placed) return;
     if (history->buffered >= HISTORY_BUFFER) (void)settle(history);
     buffer_insert(history, norm);
 }
