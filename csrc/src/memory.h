@@ -5,8 +5,6 @@
 
 #include "autoclip.h"
 
-#define MEMORY_HUGE_PAGE ((size_t)2 << 20)
-
 struct memory {
     autoclip_allocator allocator;
     uint64_t bytes;

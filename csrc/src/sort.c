@@ -2,7 +2,8 @@
  *
  * The leading ones of those bits in which the patterns differ at all put nearly every key into its place: they have at
  * least four times as many values as there are keys. An insertion sort repairs the rest. Keys that crowd together, so
- * that it has too much to do, are sorted by all bits. */
+ * that it has too much to do, are sorted by all bits. To sort by all bits always makes an extend of 10^6 norms 1.45 times as
+ * slow. */
 #include "sort.h"
 
 #include <string.h>
