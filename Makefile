@@ -14,7 +14,7 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test cross bench format clean tools static c-asan c-release c-aarch64 c-s390x c-i386 python
+.PHONY: help demo test cross bench format clean tools static c-asan c-tsan c-release c-aarch64 c-s390x c-i386 python
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -23,7 +23,7 @@ help:
 demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
-test: tools static c-asan c-release python
+test: tools static c-asan c-tsan c-release python
 
 # From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev.
 cross: c-aarch64 c-s390x c-i386
@@ -59,7 +59,7 @@ static: .venv/test
 	clang-format --dry-run --Werror --style=file:csrc/.clang-format $(C_SOURCES)
 	mypy
 
-c-asan c-release c-aarch64 c-s390x c-i386: c-%: .venv/test
+c-asan c-tsan c-release c-aarch64 c-s390x c-i386: c-%: .venv/test
 	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
 
 python: .venv/test

@@ -147,11 +147,17 @@ class NormHistory:
             AutoClipTypeError, AutoClipValueError: they are not finite real numbers in one dimension.
         """
         array = _as_array(norms, "norms")
-        _check_finite(array)
         if self.window is None and len(array) > 1:
             import numpy as np
 
-            array = np.sort(array)  # the order of age is not kept, and numpy's vectorised sort is the fastest there is
+            # The order of age is not kept, and numpy's vectorised sort is the fastest there is. What is not finite
+            # gathers at the ends.
+            ordered = np.sort(array)
+            if not (isfinite(ordered[0]) and isfinite(ordered[-1])):
+                _check_finite(array)
+            array = ordered
+        else:
+            _check_finite(array)
         self._backend.extend(array)
 
     def observe(self, norm: float, percentile: float) -> float:

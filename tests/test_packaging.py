@@ -159,6 +159,14 @@ def test_library_exports_the_whole_abi_and_nothing_else(installed):
 
 
 @on_linux
+def test_static_library_brings_no_name_that_could_clash(installed):
+    lines = run("nm", "-g", "--defined-only", str(installed / "lib/libautoclip.a")).splitlines()
+    names = {line.split()[-1] for line in lines if len(line.split()) == 3}
+    assert names >= declared()
+    assert all(name.startswith("autoclip_") for name in names), names
+
+
+@on_linux
 def test_library_has_the_abi_version_as_its_soname_and_needs_only_libc(installed):
     library = installed / "lib/libautoclip.so"
     assert dynamic(library, "SONAME") == [f"libautoclip.so.{macro('ABI_VERSION')}"]

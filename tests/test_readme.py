@@ -70,7 +70,7 @@ def kernel(compiler, tmp_path_factory):
     """The object files of the kernel."""
     folder = tmp_path_factory.mktemp("kernel")
     sources = map(str, sorted((ROOT / "csrc/src").glob("*.c")))
-    flags = ["-std=c11", "-O1", "-ffp-contract=off", "-D_DEFAULT_SOURCE", f"-I{ROOT / 'csrc/include'}"]
+    flags = ["-std=c11", "-O1", "-ffp-contract=off", f"-I{ROOT / 'csrc/include'}"]
     subprocess.run([compiler, *flags, "-c", *sources], cwd=folder, check=True)
     return sorted(map(str, folder.glob("*.o")))
 

@@ -10,22 +10,22 @@
 
 autoclip_status autoclip_history_create(uint64_t window, const autoclip_allocator *allocator,
                                         autoclip_history **history) {
-    struct memory memory = memory_from(allocator);
+    struct memory memory = autoclip_memory_from(allocator);
     autoclip_history *made = memory_allocate(&memory, sizeof *made);
     if (made == NULL) return AUTOCLIP_NO_MEMORY;
     *made = (autoclip_history){.memory = memory, .window = window};
-    ostree_init(&made->tree, &made->memory);
+    autoclip_tree_init(&made->tree, &made->memory);
     *history = made;
     return AUTOCLIP_OK;
 }
 
 void autoclip_history_clear(autoclip_history *history) {
-    ostree_clear(&history->tree);
+    autoclip_tree_clear(&history->tree);
     memory_release(&history->memory, history->buffer, history->buffer_capacity * sizeof *history->buffer);
     memory_release(&history->memory, history->ring, (size_t)history->ring_capacity * sizeof *history->ring);
     const struct memory memory = history->memory;
     *history = (autoclip_history){.memory = memory, .window = history->window};
-    ostree_init(&history->tree, &history->memory);
+    autoclip_tree_init(&history->tree, &history->memory);
 }
 
 void autoclip_history_destroy(autoclip_history *history) {
@@ -43,7 +43,9 @@ uint64_t autoclip_history_memory(const autoclip_history *history) { return histo
 
 static double least_of_tree(history_iterator *iterator) {
     if (iterator->rank - iterator->leaf.first >= iterator->leaf.size) {
-        iterator->leaf = ostree_locate(iterator->tree, NULL, 0, iterator->rank);
+        iterator->leaf = autoclip_tree_locate(iterator->tree, NULL, 0, iterator->rank);
+        /* Without this, a save takes 1.45 times as long. */
+        if (iterator->leaf.next != NULL) prefetch(iterator->leaf.next, sizeof *iterator->leaf.next);
     }
     return iterator->leaf.keys[iterator->rank - iterator->leaf.first];
 }
@@ -52,13 +54,13 @@ static history_iterator iterate_array(const double *array, size_t size) {
     return (history_iterator){.array = array, .array_left = size};
 }
 
-history_iterator history_iterate(const autoclip_history *history) {
+history_iterator autoclip_history_iterate(const autoclip_history *history) {
     history_iterator iterator = iterate_array(history->buffer, history->buffered);
     iterator.tree = &history->tree;
     return iterator;
 }
 
-bool history_read(void *source, double *norms, size_t count) {
+bool autoclip_history_read(void *source, double *norms, size_t count) {
     history_iterator *iterator = source;
     const uint64_t tree_size = iterator->tree == NULL ? 0 : iterator->tree->size;
     while (count > 0) {
@@ -93,7 +95,7 @@ bool history_read(void *source, double *norms, size_t count) {
     return true;
 }
 
-/* Two iterators as one, for an ostree_build; each is read a block at a time. */
+/* Two iterators as one, for an autoclip_tree_build; each is read a block at a time. */
 struct merged {
     struct {
         history_iterator iterator;
@@ -110,7 +112,7 @@ static bool merged_has(struct merged *merged, int part) {
     merged->parts[part].at = 0;
     merged->parts[part].size = left < capacity ? (size_t)left : capacity;
     merged->parts[part].left -= merged->parts[part].size;
-    (void)history_read(&merged->parts[part].iterator, merged->parts[part].block, merged->parts[part].size);
+    (void)autoclip_history_read(&merged->parts[part].iterator, merged->parts[part].block, merged->parts[part].size);
     return merged->parts[part].size > 0;
 }
 
@@ -131,7 +133,7 @@ static bool merged_read(void *source, double *norms, size_t count) {
 static void forget_cursor(autoclip_history *history) { history->leaf.size = 0; }
 
 static void replace_tree(autoclip_history *history, ostree *tree) {
-    ostree_clear(&history->tree);
+    autoclip_tree_clear(&history->tree);
     history->tree = *tree;
     history->buffered = 0;
     forget_cursor(history);
@@ -140,25 +142,25 @@ static void replace_tree(autoclip_history *history, ostree *tree) {
 /* Put all norms of the history and of one more source into a new tree. */
 static autoclip_status rebuild(autoclip_history *history, history_iterator more, uint64_t more_size) {
     const uint64_t own_size = history_size(history);
-    history_iterator own = history_iterate(history);
+    history_iterator own = autoclip_history_iterate(history);
     ostree tree;
-    ostree_init(&tree, &history->memory);
+    autoclip_tree_init(&tree, &history->memory);
     autoclip_status status;
     if (more_size == 0) {
-        status = ostree_build(&tree, own_size, history_read, &own);
+        status = autoclip_tree_build(&tree, own_size, autoclip_history_read, &own);
     } else if (own_size == 0) {
-        status = ostree_build(&tree, more_size, history_read, &more);
+        status = autoclip_tree_build(&tree, more_size, autoclip_history_read, &more);
     } else {
         struct merged all = {.parts = {{.iterator = own, .left = own_size}, {.iterator = more, .left = more_size}}};
-        status = ostree_build(&tree, own_size + more_size, merged_read, &all);
+        status = autoclip_tree_build(&tree, own_size + more_size, merged_read, &all);
     }
     if (status == AUTOCLIP_OK) replace_tree(history, &tree);
     return status;
 }
 
-autoclip_status history_build(autoclip_history *history, uint64_t size, ostree_reader *read, void *source) {
+autoclip_status autoclip_history_build(autoclip_history *history, uint64_t size, ostree_reader *read, void *source) {
     forget_cursor(history);
-    return ostree_build(&history->tree, size, read, source);
+    return autoclip_tree_build(&history->tree, size, read, source);
 }
 
 static void buffer_insert(autoclip_history *history, double norm) {
@@ -170,43 +172,49 @@ static void buffer_insert(autoclip_history *history, double norm) {
     history->buffered_before += at < history->buffered_before;
 }
 
-static bool buffer_erase(autoclip_history *history, double norm) {
+/* Take one norm out and another in: only what stands between them moves, which makes a push into a full window 1.1 times
+ * as fast as two shifts. False if the first is not there. */
+static bool buffer_replace(autoclip_history *history, double leaving, double norm) {
     double *buffer = history->buffer;
-    const size_t after = upper_bound(buffer, history->buffered, norm);
-    if (after == 0 || buffer[after - 1] != norm) return false;
-    memmove(buffer + after - 1, buffer + after, (history->buffered - after) * sizeof *buffer);
-    history->buffered -= 1;
-    history->buffered_before -= after <= history->buffered_before;
+    const size_t after = upper_bound(buffer, history->buffered, leaving);
+    if (after == 0 || buffer[after - 1] != leaving) return false;
+    const size_t from = after - 1;
+    size_t to = upper_bound(buffer, history->buffered, norm);
+    if (to > from) {
+        to -= 1;
+        memmove(buffer + from, buffer + after, (to - from) * sizeof *buffer);
+    } else {
+        memmove(buffer + to + 1, buffer + to, (from - to) * sizeof *buffer);
+    }
+    buffer[to] = norm;
+    history->buffered_before -= from < history->buffered_before;
+    history->buffered_before += to < history->buffered_before;
     return true;
 }
 
-void history_erase(autoclip_history *history, double norm) {
-    if (buffer_erase(history, norm)) return;
-    ostree_erase(&history->tree, norm);
-    forget_cursor(history);
+void autoclip_history_erase(autoclip_history *history, double norm) {
+    double *buffer = history->buffer;
+    const size_t after = upper_bound(buffer, history->buffered, norm);
+    if (after == 0 || buffer[after - 1] != norm) {
+        (void)autoclip_tree_erase(&history->tree, &norm, 1);
+        forget_cursor(history);
+        return;
+    }
+    memmove(buffer + after - 1, buffer + after, (history->buffered - after) * sizeof *buffer);
+    history->buffered -= 1;
+    history->buffered_before -= after <= history->buffered_before;
 }
-
-/* How many leaves are on their way from memory while one is worked on. */
-enum { PREFETCH_AHEAD = 8 };
 
 /* Move the whole buffer into the tree. What did not fit into memory stays in the buffer. */
 static autoclip_status settle(autoclip_history *history) {
     const size_t count = history->buffered;
     if (count == 0) return AUTOCLIP_OK;
     if (count > history->tree.size / 4) return rebuild(history, iterate_array(NULL, 0), 0);
-    const double *norms = history->buffer;
-    autoclip_status status = AUTOCLIP_OK;
-    size_t done = 0;
-    for (size_t i = 0; i < PREFETCH_AHEAD && i < count; ++i) ostree_prefetch(&history->tree, norms[i]);
-    for (; done < count && status == AUTOCLIP_OK; ++done) {
-        if (done + PREFETCH_AHEAD < count) ostree_prefetch(&history->tree, norms[done + PREFETCH_AHEAD]);
-        status = ostree_insert(&history->tree, norms[done]);
-    }
-    if (status != AUTOCLIP_OK) done -= 1;
+    const size_t done = autoclip_tree_insert(&history->tree, history->buffer, count);
     history->buffered = count - done;
-    memmove(history->buffer, norms + done, history->buffered * sizeof *norms);
+    memmove(history->buffer, history->buffer + done, history->buffered * sizeof *history->buffer);
     forget_cursor(history);
-    return status;
+    return done == count ? AUTOCLIP_OK : AUTOCLIP_NO_MEMORY;
 }
 
 /* A full window loses its oldest norms next: move as many as half the buffer from the tree to the empty buffer. */
@@ -214,17 +222,8 @@ static void recall_oldest(autoclip_history *history) {
     uint64_t count = HISTORY_BUFFER / 2;
     if (count > history->tree.size) count = history->tree.size;
     if (count > history->buffer_capacity) count = history->buffer_capacity;
-    for (uint64_t i = 0; i < PREFETCH_AHEAD && i < count; ++i) {
-        ostree_prefetch(&history->tree, history_by_age(history, i));
-    }
-    for (uint64_t i = 0; i < count; ++i) {
-        if (i + PREFETCH_AHEAD < count) {
-            ostree_prefetch(&history->tree, history_by_age(history, i + PREFETCH_AHEAD));
-        }
-        const double norm = history_by_age(history, i);
-        ostree_erase(&history->tree, norm);
-        buffer_insert(history, norm);
-    }
+    for (uint64_t i = 0; i < count; ++i) buffer_insert(history, history_by_age(history, i));
+    (void)autoclip_tree_erase(&history->tree, history->buffer, (size_t)count);
     forget_cursor(history);
 }
 
@@ -288,12 +287,18 @@ static autoclip_status reserve(autoclip_history *history, uint64_t more) {
 static void remember(autoclip_history *history, double norm) {
     norm += 0.0; /* -0.0 becomes 0.0 */
     const uint64_t size = history_size(history);
+    bool placed = false;
     if (history->window > 0) {
         if (size == history->window) {
             const double oldest = history_by_age(history, 0);
-            if (!buffer_erase(history, oldest)) {
+            placed = buffer_replace(history, oldest, norm);
+            if (!placed) {
                 if (settle(history) == AUTOCLIP_OK) recall_oldest(history);
-                history_erase(history, oldest);
+                placed = buffer_replace(history, oldest, norm);
+                if (!placed) {
+                    (void)autoclip_tree_erase(&history->tree, &oldest, 1);
+                    forget_cursor(history);
+                }
             }
             history->ring[history->ring_first] = norm;
             history->ring_first = history->ring_first + 1 < history->window ? history->ring_first + 1 : 0;
@@ -302,6 +307,7 @@ static void remember(autoclip_history *history, double norm) {
             history->ring[at < history->ring_capacity ? at : at - history->ring_capacity] = norm;
         }
     }
+    if (placed) return;
     if (history->buffered >= HISTORY_BUFFER) (void)settle(history);
     buffer_insert(history, norm);
 }
@@ -323,17 +329,22 @@ autoclip_status autoclip_history_push(autoclip_history *history, double norm) {
     return status;
 }
 
-/* These two look at every norm without a branch, so that compilers turn them into vector code. */
+/* One more in the exponent of infinities and NaN carries into the sign. Without a branch: compilers make vector code. */
 static bool all_finite(const double *norms, size_t count) {
-    size_t finite = 0;
-    for (size_t i = 0; i < count; ++i) finite += norms[i] - norms[i] == 0.0;
-    return finite == count;
+    uint64_t carries = 0;
+    for (size_t i = 0; i < count; ++i) {
+        uint64_t bits;
+        memcpy(&bits, norms + i, sizeof bits);
+        carries |= (bits & UINT64_C(0x7FF) << 52) + (UINT64_C(1) << 52);
+    }
+    return carries >> 63 == 0;
 }
 
 static bool is_ascending(const double *norms, size_t count) {
-    size_t descents = 0;
-    for (size_t i = 1; i < count; ++i) descents += norms[i] < norms[i - 1];
-    return descents == 0;
+    for (size_t i = 1; i < count; ++i) {
+        if (norms[i] < norms[i - 1]) return false;
+    }
+    return true;
 }
 
 /* Whether some zero among ascending norms is a -0.0, which must be rewritten. */
@@ -349,11 +360,9 @@ static autoclip_status extend_by_rebuild(autoclip_history *history, const double
         return rebuild(history, iterate_array(norms, count), count);
     }
     struct memory *memory = &history->memory;
-    double *sorted = memory_allocate(memory, count * sizeof *sorted);
+    double *sorted = autoclip_sorted_copy(memory, norms, count);
     if (sorted == NULL) return AUTOCLIP_NO_MEMORY;
-    for (size_t i = 0; i < count; ++i) sorted[i] = norms[i] + 0.0;
-    autoclip_status status = AUTOCLIP_NO_MEMORY;
-    if (sort_keys(memory, sorted, count)) status = rebuild(history, iterate_array(sorted, count), count);
+    const autoclip_status status = rebuild(history, iterate_array(sorted, count), count);
     memory_release(memory, sorted, count * sizeof *sorted);
     return status;
 }
@@ -370,7 +379,7 @@ static autoclip_status extend_window_by_rebuild(autoclip_history *history, const
     for (uint64_t i = 0; i < kept; ++i) ring[i] = history_by_age(history, dropped + i);
     for (size_t i = 0; i < count; ++i) ring[kept + i] = norms[i] + 0.0;
     autoclip_history fresh = {.memory = history->memory};
-    ostree_init(&fresh.tree, &fresh.memory);
+    autoclip_tree_init(&fresh.tree, &fresh.memory);
     const autoclip_status status = extend_by_rebuild(&fresh, ring, (size_t)size);
     history->memory = fresh.memory;
     if (status != AUTOCLIP_OK) {
@@ -405,7 +414,7 @@ autoclip_status autoclip_history_extend(autoclip_history *history, const double 
 
 autoclip_status autoclip_history_merge(autoclip_history *history, const autoclip_history *other) {
     if (history->window > 0) return AUTOCLIP_HAS_WINDOW;
-    return rebuild(history, history_iterate(other), history_size(other));
+    return rebuild(history, autoclip_history_iterate(other), history_size(other));
 }
 
 autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip_history **clone) {
@@ -422,8 +431,8 @@ autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip
             status = AUTOCLIP_NO_MEMORY;
         }
     }
-    history_iterator iterator = history_iterate(history);
-    if (status == AUTOCLIP_OK) status = history_build(made, size, history_read, &iterator);
+    history_iterator iterator = autoclip_history_iterate(history);
+    if (status == AUTOCLIP_OK) status = autoclip_history_build(made, size, autoclip_history_read, &iterator);
     if (status == AUTOCLIP_OK) {
         *clone = made;
     } else {
@@ -440,7 +449,7 @@ static bool in_leaf(const autoclip_history *history, uint64_t rank) {
 }
 
 static double tree_key(autoclip_history *history, uint64_t rank) {
-    if (!in_leaf(history, rank)) history->leaf = ostree_locate(&history->tree, NULL, 0, rank);
+    if (!in_leaf(history, rank)) history->leaf = autoclip_tree_locate(&history->tree, NULL, 0, rank);
     return history->leaf.keys[rank - history->leaf.first];
 }
 
@@ -462,11 +471,9 @@ static size_t find_buffered_before(autoclip_history *history, uint64_t rank) {
     if (low == high) {
         /* all from one of the two, or nothing buffered */
     } else if (!in_leaf(history, rank - near - 1)) {
-        history->leaf = ostree_locate(&history->tree, history->buffer, history->buffered, rank);
-        const uint64_t first = history->leaf.first;
-        const uint64_t end = first + history->leaf.size;
-        if (rank - first < high) high = (size_t)(rank - first);
-        if (rank > end && rank - end > low) low = (size_t)(rank - end);
+        history->leaf = autoclip_tree_locate(&history->tree, history->buffer, history->buffered, rank);
+        low = clamp(history->leaf.others_low, low, high);
+        high = clamp(history->leaf.others_high, low, high);
     } else if (enough_buffered(history, rank, near)) {
         high = near;
         for (size_t step = 1; low + step <= high; step *= 2) {
@@ -565,7 +572,7 @@ autoclip_status autoclip_history_select(autoclip_history *history, uint64_t rank
 
 autoclip_status autoclip_history_rank(const autoclip_history *history, double norm, uint64_t *rank) {
     if (isnan(norm)) return AUTOCLIP_NOT_FINITE;
-    *rank = ostree_rank(&history->tree, norm) + lower_bound(history->buffer, history->buffered, norm);
+    *rank = autoclip_tree_rank(&history->tree, norm) + lower_bound(history->buffer, history->buffered, norm);
     return AUTOCLIP_OK;
 }
 
@@ -575,11 +582,11 @@ autoclip_status autoclip_history_order_statistics(autoclip_history *history, uin
     if (first > size || count > size - first) return AUTOCLIP_BAD_RANK;
     if (count == 0) return AUTOCLIP_OK;
     const size_t in_buffer = find_buffered_before(history, first);
-    history_iterator iterator = history_iterate(history);
+    history_iterator iterator = autoclip_history_iterate(history);
     iterator.array += in_buffer;
     iterator.array_left -= in_buffer;
     iterator.rank = first - in_buffer;
-    (void)history_read(&iterator, norms, count);
+    (void)autoclip_history_read(&iterator, norms, count);
     return AUTOCLIP_OK;
 }
 
@@ -593,8 +600,8 @@ autoclip_status autoclip_history_oldest(const autoclip_history *history, size_t 
 autoclip_status autoclip_history_values(autoclip_history *history, double *norms, size_t capacity, size_t *count) {
     const uint64_t size = history_size(history);
     if (size > capacity) return AUTOCLIP_TOO_SMALL;
-    history_iterator iterator = history_iterate(history);
-    (void)history_read(&iterator, norms, (size_t)size);
+    history_iterator iterator = autoclip_history_iterate(history);
+    (void)autoclip_history_read(&iterator, norms, (size_t)size);
     *count = (size_t)size;
     return AUTOCLIP_OK;
 }

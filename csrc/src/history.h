@@ -51,15 +51,15 @@ static inline double history_by_age(const autoclip_history *history, uint64_t ag
 }
 
 /* An iterator over all norms of a history. */
-history_iterator history_iterate(const autoclip_history *history);
+history_iterator autoclip_history_iterate(const autoclip_history *history);
 
 /* Write the next `count` norms, which must be there; always true: it is an ostree_reader. */
-bool history_read(void *iterator, double *norms, size_t count);
+bool autoclip_history_read(void *iterator, double *norms, size_t count);
 
 /* Forget one norm equal to `norm`, if there is one, of a history without a window. */
-void history_erase(autoclip_history *history, double norm);
+void autoclip_history_erase(autoclip_history *history, double norm);
 
 /* Replace all norms of an empty history without a window by `size` of them from a reader, in ascending order. */
-autoclip_status history_build(autoclip_history *history, uint64_t size, ostree_reader *read, void *source);
+autoclip_status autoclip_history_build(autoclip_history *history, uint64_t size, ostree_reader *read, void *source);
 
 #endif

@@ -2,23 +2,17 @@
 
 #include <string.h>
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) ((void)(address))
-#endif
-
 /* --- The pool: nodes from chunks that grow with the tree -------------------------------------------------------- */
 
-void ostree_init(ostree *tree, struct memory *memory) { *tree = (ostree){.memory = memory}; }
+void autoclip_tree_init(ostree *tree, struct memory *memory) { *tree = (ostree){.memory = memory}; }
 
-void ostree_clear(ostree *tree) {
+void autoclip_tree_clear(ostree *tree) {
     for (ostree_chunk *chunk = tree->chunks; chunk != NULL;) {
         ostree_chunk *next = chunk->next;
         memory_release(tree->memory, chunk, chunk->bytes);
         chunk = next;
     }
-    ostree_init(tree, tree->memory);
+    autoclip_tree_init(tree, tree->memory);
 }
 
 static void pool_give(ostree *tree, ostree_node *node) {
@@ -28,20 +22,15 @@ static void pool_give(ostree *tree, ostree_node *node) {
 }
 
 /* Make sure that `count` nodes can be taken. A new chunk adds a small share of what there is: at most that share of the
- * memory lies idle, and the number of chunks grows with the logarithm of the tree only. In large trees chunks are whole
- * huge pages: at 10^7 keys that took a third off the time of a push. */
+ * memory lies idle, and the number of chunks grows with the logarithm of the tree only. */
 static bool pool_reserve(ostree *tree, uint64_t count) {
-    enum { MIN_SLOTS = 2, SHARE = 32, WORTH_HUGE_PAGES = 8 };
+    enum { MIN_SLOTS = 2, SHARE = 32 };
     if (tree->free_count + tree->fresh_count >= count) return true;
     const size_t overhead = sizeof(ostree_chunk) + OSTREE_ALIGNMENT;
     uint64_t slots = tree->slots / SHARE;
     if (slots < MIN_SLOTS) slots = MIN_SLOTS;
     if (slots < count) slots = count;
     if (slots > (SIZE_MAX / 2 - overhead) / sizeof(ostree_node)) return false;
-    if (tree->slots * sizeof(ostree_node) >= WORTH_HUGE_PAGES * MEMORY_HUGE_PAGE && slots > count) {
-        const uint64_t pages = slots * sizeof(ostree_node) / MEMORY_HUGE_PAGE;
-        slots = ((pages > 0 ? pages : 1) * MEMORY_HUGE_PAGE - overhead) / sizeof(ostree_node);
-    }
     const size_t bytes = overhead + (size_t)slots * sizeof(ostree_node);
     ostree_chunk *chunk = memory_allocate(tree->memory, bytes);
     if (chunk == NULL) return false;
@@ -162,42 +151,45 @@ static void deal(ostree *tree, ostree_inner *parent, unsigned level, size_t firs
 
 /* From the root to a leaf: the entry followed on each level, counted from the leaves: step[1] is the leaf's parent. */
 struct path {
+    ostree_node *leaf;
     struct {
         ostree_inner *inner;
         size_t at;
     } step[OSTREE_MAX_HEIGHT + 1];
-    ostree_node *leaf;
-    size_t leaf_size;
 };
 
-static void descend(const ostree *tree, double key, struct path *path) {
-    ostree_node *node = tree->root;
-    uint64_t size = tree->size;
+/* How many keys descend together. */
+enum { TOGETHER = 12 };
+
+/* Find the leaf of each key, level by level: while the search of one key waits for its node, those of the others go on. At
+ * 10^7 norms that makes a push 2.0 times as fast as one key after the other, of which the separators asked for early are
+ * worth 1.19 times and the leaves 1.22 times. Of a leaf two lines are enough, the processor streams the rest: to ask for
+ * all lines costs a tenth at 10^6 norms that drift. */
+static void descend(const ostree *tree, const double *keys, size_t count, struct path *paths) {
+    for (size_t i = 0; i < count; ++i) paths[i].leaf = tree->root;
     for (unsigned level = tree->height; level > 0; --level) {
-        ostree_inner *inner = &node->inner;
-        const size_t at = child_of(inner, key);
-        path->step[level].inner = inner;
-        path->step[level].at = at;
-        size = inner->count[at];
-        node = inner->child[at];
+        for (size_t i = 0; i < count; ++i) {
+            ostree_inner *inner = &paths[i].leaf->inner;
+            const size_t at = child_of(inner, keys[i]);
+            paths[i].step[level].inner = inner;
+            paths[i].step[level].at = at;
+            ostree_node *child = inner->child[at];
+            paths[i].leaf = child;
+            if (level > 1) {
+                prefetch(child, offsetof(ostree_inner, count));
+            } else {
+                prefetch(child->keys, sizeof(double));
+                prefetch(child->keys + OSTREE_LEAF / 2, sizeof(double));
+            }
+        }
     }
-    path->leaf = node;
-    path->leaf_size = (size_t)size;
 }
 
-void ostree_prefetch(const ostree *tree, double key) {
-    if (tree->height == 0) return;
-    const ostree_node *node = tree->root;
-    uint64_t size = 0;
-    for (unsigned level = tree->height; level > 0; --level) {
-        const size_t at = child_of(&node->inner, key);
-        size = node->inner.count[at];
-        node = node->inner.child[at];
-    }
-    for (size_t i = 0; i < size; i += OSTREE_ALIGNMENT / sizeof(double)) PREFETCH(node->keys + i);
+static size_t leaf_size(const ostree *tree, const struct path *path) {
+    return (size_t)(tree->height == 0 ? tree->size : path->step[1].inner->count[path->step[1].at]);
 }
 
-uint64_t ostree_rank(const ostree *tree, double key) {
+uint64_t autoclip_tree_rank(const ostree *tree, double key) {
     const ostree_node *node = tree->root;
     uint64_t size = tree->size;
     uint64_t before = 0;
@@ -212,24 +204,36 @@ uint64_t ostree_rank(const ostree *tree, double key) {
     return size == 0 ? 0 : before + lower_bound(node->keys, (size_t)size, key);
 }
 
-ostree_span ostree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank) {
+ostree_span autoclip_tree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank) {
     const ostree_node *node = tree->root;
-    uint64_t first = 0;
-    uint64_t size = tree->size;
+    const double *min = NULL; /* of this leaf and of the next, as their parents know them: the keys are far away */
+    const double *next_min = NULL;
+    ostree_span leaf = {.size = tree->size, .others_high = others_size};
     for (unsigned level = tree->height; level > 0; --level) {
         const ostree_inner *inner = &node->inner;
         size_t at = 0;
         for (; at + 1 < inner->size; ++at) {
             /* The others are asked only where they can decide. */
-            const uint64_t next = first + inner->count[at];
+            const uint64_t next = leaf.first + inner->count[at];
             if (next > rank) break;
             if (next + others_size > rank && next + lower_bound(others, others_size, inner->min[at + 1]) > rank) break;
-            first = next;
+            leaf.first = next;
         }
-        size = inner->count[at];
+        min = inner->min + at;
+        if (at + 1 < inner->size) next_min = min + 1;
+        if (level == 1) leaf.next = at + 1 < inner->size ? inner->child[at + 1] : NULL;
+        leaf.size = inner->count[at];
         node = inner->child[at];
     }
-    return (ostree_span){.keys = node->keys, .first = first, .size = size};
+    leaf.keys = node->keys;
+    if (others_size > 0) {
+        /* A random percentile at 10^7 is 1.7 times as fast with the bounds, and a select at 10^6 1.15 times with the key on
+         * its way while they are found. */
+        prefetch(leaf.keys + (rank - leaf.first) % OSTREE_LEAF, sizeof(double));
+        if (min != NULL) leaf.others_low = lower_bound(others, others_size, *min);
+        if (next_min != NULL) leaf.others_high = lower_bound(others, others_size, *next_min);
+    }
+    return leaf;
 }
 
 /* --- Insert ----------------------------------------------------------------------------------------------------- */
@@ -302,30 +306,45 @@ static void make_room(ostree *tree, const struct path *path, double key) {
     }
 }
 
-autoclip_status ostree_insert(ostree *tree, double key) {
-    if (tree->root == NULL) {
-        if (!pool_reserve(tree, 1)) return AUTOCLIP_NO_MEMORY;
-        tree->root = pool_take(tree);
-    }
-    struct path path;
-    descend(tree, key, &path);
-    while (path.leaf_size == OSTREE_LEAF) {
-        if (!pool_reserve(tree, 2)) return AUTOCLIP_NO_MEMORY;
-        make_room(tree, &path, key);
-        descend(tree, key, &path);
-    }
-    double *keys = path.leaf->keys;
-    const size_t at = upper_bound(keys, path.leaf_size, key);
-    memmove(keys + at + 1, keys + at, (path.leaf_size - at) * sizeof *keys);
+/* There is room in the leaf. */
+static void insert_into_leaf(ostree *tree, const struct path *path, double key) {
+    double *keys = path->leaf->keys;
+    const size_t size = leaf_size(tree, path);
+    const size_t at = upper_bound(keys, size, key);
+    memmove(keys + at + 1, keys + at, (size - at) * sizeof *keys);
     keys[at] = key;
     tree->size += 1;
     for (unsigned level = 1; level <= tree->height; ++level) {
-        ostree_inner *inner = path.step[level].inner;
-        const size_t entry = path.step[level].at;
+        ostree_inner *inner = path->step[level].inner;
+        const size_t entry = path->step[level].at;
         inner->count[entry] += 1;
         if (key < inner->min[entry]) inner->min[entry] = key;
     }
-    return AUTOCLIP_OK;
+}
+
+size_t autoclip_tree_insert(ostree *tree, const double *keys, size_t count) {
+    if (tree->root == NULL) {
+        if (!pool_reserve(tree, 1)) return 0;
+        tree->root = pool_take(tree);
+    }
+    struct path paths[TOGETHER];
+    size_t done = 0;
+    while (done < count) {
+        const size_t group = count - done < TOGETHER ? count - done : TOGETHER;
+        descend(tree, keys + done, group, paths);
+        /* The paths of the others stay right until nodes change. */
+        bool same_nodes = true;
+        for (size_t i = 0; i < group && same_nodes; ++i, ++done) {
+            while (leaf_size(tree, &paths[i]) == OSTREE_LEAF) {
+                if (!pool_reserve(tree, 2)) return done;
+                make_room(tree, &paths[i], keys[done]);
+                descend(tree, &keys[done], 1, &paths[i]);
+                same_nodes = false;
+            }
+            insert_into_leaf(tree, &paths[i], keys[done]);
+        }
+    }
+    return done;
 }
 
 /* --- Erase ------------------------------------------------------------------------------------------------------ */
@@ -357,34 +376,33 @@ static void collapse_root(ostree *tree) {
     }
 }
 
-bool ostree_erase(ostree *tree, double key) {
-    if (tree->root == NULL) return false;
-    struct path path;
-    descend(tree, key, &path);
-    double *keys = path.leaf->keys;
-    const size_t after = upper_bound(keys, path.leaf_size, key);
-    if (after == 0 || keys[after - 1] != key) return false;
+/* Whether all nodes stayed in their places. */
+static bool erase_from_leaf(ostree *tree, const struct path *path, size_t at) {
+    double *keys = path->leaf->keys;
+    const size_t size = leaf_size(tree, path);
     tree->size -= 1;
-    if (path.leaf_size == 1 && (tree->height == 0 || path.step[1].inner->size == 1)) {
-        drop_right_edge(tree, &path);
+    if (size == 1 && (tree->height == 0 || path->step[1].inner->size == 1)) {
+        drop_right_edge(tree, path);
         collapse_root(tree);
-        return true;
+        return false;
     }
-    memmove(keys + after - 1, keys + after, (path.leaf_size - after) * sizeof *keys);
+    memmove(keys + at, keys + at + 1, (size - at - 1) * sizeof *keys);
     double min = keys[0];
     for (unsigned level = 1; level <= tree->height; ++level) {
-        ostree_inner *inner = path.step[level].inner;
-        const size_t at = path.step[level].at;
-        inner->count[at] -= 1;
-        inner->min[at] = min;
+        ostree_inner *inner = path->step[level].inner;
+        const size_t entry = path->step[level].at;
+        inner->count[entry] -= 1;
+        inner->min[entry] = min;
         min = inner->min[0];
     }
+    bool same_nodes = true;
     for (unsigned level = 0; level < tree->height; ++level) {
-        ostree_inner *parent = path.step[level + 1].inner;
-        const size_t at = path.step[level + 1].at;
+        ostree_inner *parent = path->step[level + 1].inner;
+        const size_t entry = path->step[level + 1].at;
         const size_t capacity = capacity_at(level);
-        if (child_size(parent, at, level) >= capacity / 2 || parent->size == 1) break;
-        const size_t left = at > 0 ? at - 1 : 0;
+        if (child_size(parent, entry, level) >= capacity / 2 || parent->size == 1) break;
+        same_nodes = false;
+        const size_t left = entry > 0 ? entry - 1 : 0;
         if (child_size(parent, left, level) + child_size(parent, left + 1, level) > capacity) {
             deal(tree, parent, level, left, 2, 2);
             break;
@@ -392,7 +410,26 @@ bool ostree_erase(ostree *tree, double key) {
         deal(tree, parent, level, left, 2, 1);
     }
     collapse_root(tree);
-    return true;
+    return same_nodes;
+}
+
+size_t autoclip_tree_erase(ostree *tree, const double *keys, size_t count) {
+    struct path paths[TOGETHER];
+    size_t done = 0;
+    while (done < count && tree->root != NULL) {
+        const size_t group = count - done < TOGETHER ? count - done : TOGETHER;
+        descend(tree, keys + done, group, paths);
+        bool same_nodes = true;
+        for (size_t i = 0; i < group && same_nodes; ++i, ++done) {
+            const size_t after = upper_bound(paths[i].leaf->keys, leaf_size(tree, &paths[i]), keys[done]);
+            if (after == 0 || paths[i].leaf->keys[after - 1] != keys[done]) {
+                if (i == 0) return done;
+                break; /* the last of several equal keys has left this leaf: descend again */
+            }
+            same_nodes = erase_from_leaf(tree, &paths[i], after - 1);
+        }
+    }
+    return done;
 }
 
 /* --- Build ------------------------------------------------------------------------------------------------------ */
@@ -419,7 +456,7 @@ static ostree_node *build_node(ostree *tree, unsigned level, uint64_t capacity_b
     return node;
 }
 
-autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source) {
+autoclip_status autoclip_tree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source) {
     if (size == 0) return AUTOCLIP_OK;
     unsigned height = 0;
     uint64_t capacity = OSTREE_LEAF;
@@ -438,6 +475,6 @@ autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, v
     tree->height = height;
     tree->size = size;
     if (sound) return AUTOCLIP_OK;
-    ostree_clear(tree);
+    autoclip_tree_clear(tree);
     return AUTOCLIP_BAD_SNAPSHOT;
 }

@@ -69,13 +69,26 @@ typedef struct ostree_span {
     const double *keys;
     uint64_t first;
     uint64_t size;
+    const ostree_node *next; /* the leaf after it, NULL if that has another parent */
+    size_t others_low;       /* bounds on the number of others before the rank that was asked for */
+    size_t others_high;
 } ostree_span;
 
 /* Write the next `count` keys in ascending order; false stops the build. */
 typedef bool ostree_reader(void *source, double *keys, size_t count);
 
+/* Ask the processor to fetch these bytes, and do not wait for them. */
+static inline void prefetch(const void *start, size_t bytes) {
+#if defined(__GNUC__)
+    for (size_t at = 0; at < bytes; at += OSTREE_ALIGNMENT) __builtin_prefetch((const char *)start + at);
+#else
+    (void)start;
+    (void)bytes;
+#endif
+}
+
 /* The number of keys in keys[0 .. size) that are at most `key`. One probe per cache line, then one line: all lines are
- * asked for at once, where a binary search would wait for each in turn. */
+ * asked for at once, where a binary search would wait for each in turn: 1.04 times as many pushes at 10^6. */
 static inline size_t upper_bound(const double *keys, size_t size, double key) {
     enum { LINE = OSTREE_ALIGNMENT / sizeof(double) };
     size_t lines = 0;
@@ -100,30 +113,28 @@ static inline size_t lower_bound(const double *keys, size_t size, double key) {
 }
 
 /* An empty tree that holds no memory yet. O(1). */
-void ostree_init(ostree *tree, struct memory *memory);
+void autoclip_tree_init(ostree *tree, struct memory *memory);
 
 /* Give all memory back and be empty. */
-void ostree_clear(ostree *tree);
+void autoclip_tree_clear(ostree *tree);
 
 /* Fill an empty tree with `size` keys from a reader, every leaf to the brim. AUTOCLIP_NO_MEMORY, or
  * AUTOCLIP_BAD_SNAPSHOT if the reader stopped: then the tree is empty again. O(size). */
-autoclip_status ostree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source);
+autoclip_status autoclip_tree_build(ostree *tree, uint64_t size, ostree_reader *read, void *source);
 
-/* Insert one key. AUTOCLIP_NO_MEMORY leaves the keys as they were. O(log n). */
-autoclip_status ostree_insert(ostree *tree, double key);
+/* Insert keys, and say how many: fewer than `count` only when there is no memory left. Fastest in ascending order.
+ * O(count log n). */
+size_t autoclip_tree_insert(ostree *tree, const double *keys, size_t count);
 
-/* Remove one key equal to `key`; false if there is none. O(log n). */
-bool ostree_erase(ostree *tree, double key);
-
-/* Ask the processor to fetch the leaf where `key` belongs, and do not wait for it. */
-void ostree_prefetch(const ostree *tree, double key);
+/* Remove one key equal to each of `keys`, up to the first that is not there, and say how many. O(count log n). */
+size_t autoclip_tree_erase(ostree *tree, const double *keys, size_t count);
 
 /* The number of keys below `key`. O(log n). */
-uint64_t ostree_rank(const ostree *tree, double key);
+uint64_t autoclip_tree_rank(const ostree *tree, double key);
 
 /* In the union of the tree, which must not be empty, and a sorted array of others: the last leaf whose first key has at
  * most this rank. Without others that is the leaf that holds the key of this rank. Of equal norms those of the tree come
  * first. O(log n). */
-ostree_span ostree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank);
+ostree_span autoclip_tree_locate(const ostree *tree, const double *others, size_t others_size, uint64_t rank);
 
 #endif

@@ -112,7 +112,7 @@ static struct place *take_place(void) {
     if (table.block_count == 0 || table.block_used == block_size(table.block_count - 1)) {
         if (table.block_count == BLOCKS) return NULL;
         const uint32_t size = block_size(table.block_count);
-        struct place *places = memory_default_allocate(NULL, size * sizeof *places);
+        struct place *places = autoclip_memory_default_allocate(NULL, size * sizeof *places);
         if (places == NULL) return NULL;
         for (uint32_t i = 0; i < size; ++i) {
             places[i] = (struct place){.generation = 1, .index = table.place_count + i};
@@ -241,7 +241,7 @@ static autoclip_status take_step(struct place *place, struct step *step, double 
     if (replaces && history->window > 0) return AUTOCLIP_WRONG_STEP;
     autoclip_status status = autoclip_history_extend(history, norms, count);
     if (status != AUTOCLIP_OK) return status;
-    if (replaces) history_erase(history, place->norm);
+    if (replaces) autoclip_history_erase(history, place->norm);
     (void)autoclip_history_percentile(history, step->percentile, &step->threshold);
     place->recent[place->recent_next++ % RECENT_STEPS] = *step;
     place->next_step = step->number + 1;

@@ -72,23 +72,47 @@ static uint64_t rotate(uint64_t value, unsigned bits) { return value << bits | v
 
 static uint64_t mix(uint64_t lane, uint64_t word) { return rotate(lane + word * PRIME_2, 31) * PRIME_1; }
 
-static uint64_t checksum(const uint8_t *bytes, size_t size) {
-    enum { LANES = 4, STRIPE = 8 * LANES };
-    const uint8_t *end = bytes + size;
+enum { LANES = 4, STRIPE = 8 * LANES };
+
+struct checksum {
+    uint64_t lane[LANES];
+    uint64_t size;
+};
+
+static const struct checksum checksum_start = {.lane = {PRIME_1 + PRIME_2, PRIME_2, 0, 0 - PRIME_1}};
+
+/* Whole stripes. */
+static void checksum_add(struct checksum *sum, const uint8_t *bytes, size_t size) {
+    struct checksum local = *sum; /* in registers: `bytes` may point anywhere */
+    for (const uint8_t *end = bytes + size; bytes < end; bytes += STRIPE) {
+        for (int i = 0; i < LANES; ++i) local.lane[i] = mix(local.lane[i], get8(bytes + 8 * i));
+    }
+    local.size += size;
+    *sum = local;
+}
+
+/* What is left, less than a stripe, and the end. */
+static uint64_t checksum_end(const struct checksum *sum, const uint8_t *bytes, size_t size) {
+    const uint64_t *lane = sum->lane;
     uint64_t hash = PRIME_5;
-    if (size >= STRIPE) {
-        uint64_t lane[LANES] = {PRIME_1 + PRIME_2, PRIME_2, 0, 0 - PRIME_1};
-        for (; (size_t)(end - bytes) >= STRIPE; bytes += STRIPE) {
-            for (int i = 0; i < LANES; ++i) lane[i] = mix(lane[i], get8(bytes + 8 * i));
-        }
+    if (sum->size > 0) {
         hash = rotate(lane[0], 1) + rotate(lane[1], 7) + rotate(lane[2], 12) + rotate(lane[3], 18);
         for (int i = 0; i < LANES; ++i) hash = (hash ^ mix(0, lane[i])) * PRIME_1 + PRIME_4;
     }
-    hash += size;
-    for (; bytes < end; bytes += 8) hash = rotate(hash ^ mix(0, get8(bytes)), 27) * PRIME_1 + PRIME_4;
+    hash += sum->size + size;
+    for (const uint8_t *end = bytes + size; bytes < end; bytes += 8) {
+        hash = rotate(hash ^ mix(0, get8(bytes)), 27) * PRIME_1 + PRIME_4;
+    }
     hash = (hash ^ hash >> 33) * PRIME_2;
     hash = (hash ^ hash >> 29) * PRIME_3;
     return hash ^ hash >> 32;
+}
+
+static uint64_t checksum(const uint8_t *bytes, size_t size) {
+    struct checksum sum = checksum_start;
+    const size_t whole = size - size % STRIPE;
+    checksum_add(&sum, bytes, whole);
+    return checksum_end(&sum, bytes + whole, size - whole);
 }
 
 /* --- Save ------------------------------------------------------------------------------------------------------- */
@@ -112,20 +136,26 @@ autoclip_status autoclip_history_save(autoclip_history *history, void *bytes, si
     memset(header + AT_ZERO, 0, AT_CHECKSUM - AT_ZERO);
     put(header + AT_CHECKSUM, 8, checksum(header, AT_CHECKSUM));
     uint8_t *norms = header + HEADER;
-    if (history->window > 0) {
-        for (uint64_t age = 0; age < count; ++age) put_double(norms + age * NORM, history_by_age(history, age));
-    } else {
-        history_iterator iterator = history_iterate(history);
+    struct checksum sum = checksum_start;
+    history_iterator iterator = autoclip_history_iterate(history);
+    uint64_t done = 0;
+    size_t rest; /* of a block, which is added while it is in the cache: 1.3 times as fast as a second walk */
+    do {
         double block[128];
-        for (uint64_t done = 0; done < count;) {
-            const uint64_t left = count - done;
-            const size_t part = left < sizeof block / sizeof *block ? (size_t)left : sizeof block / sizeof *block;
-            (void)history_read(&iterator, block, part);
-            for (size_t i = 0; i < part; ++i) put_double(norms + (done + i) * NORM, block[i]);
-            done += part;
+        const size_t capacity = sizeof block / sizeof *block;
+        const size_t part = count - done < capacity ? (size_t)(count - done) : capacity;
+        if (history->window > 0) {
+            for (size_t i = 0; i < part; ++i) block[i] = history_by_age(history, done + i);
+        } else {
+            (void)autoclip_history_read(&iterator, block, part);
         }
-    }
-    put(norms + count * NORM, CHECKSUM, checksum(norms, (size_t)count * NORM));
+        for (size_t i = 0; i < part; ++i) put_double(norms + i * NORM, block[i]);
+        rest = part * NORM % STRIPE;
+        checksum_add(&sum, norms, part * NORM - rest);
+        norms += part * NORM;
+        done += part;
+    } while (done < count);
+    put(norms, CHECKSUM, checksum_end(&sum, norms - rest, rest));
     *size = needed;
     return AUTOCLIP_OK;
 }
@@ -187,7 +217,7 @@ autoclip_status autoclip_history_load(const void *bytes, size_t size, const auto
         status = load_window(made, norms, (size_t)count);
     } else {
         struct decoder decoder = {.next = norms, .last = -DBL_MAX};
-        status = history_build(made, count, read_ascending, &decoder);
+        status = autoclip_history_build(made, count, read_ascending, &decoder);
     }
     if (status == AUTOCLIP_OK) {
         *history = made;

@@ -6,7 +6,8 @@
 
 #include "memory.h"
 
-/* Sort finite keys in place, in O(count), with as much memory again while it runs; false when there is none. */
-bool sort_keys(struct memory *memory, double *keys, size_t count);
+/* At least one finite key, copied in ascending order, -0.0 as 0.0; twice the memory while it runs. The caller releases
+ * the copy; NULL when there is no memory. O(count). */
+double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count);
 
 #endif

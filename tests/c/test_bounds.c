@@ -366,8 +366,8 @@ static void test_memory_per_norm_is_bounded(void) {
     free(norms);
 }
 
-/* From the size on where chunks are made of huge pages, with the standard allocator, which aligns them. */
-static void test_large_history_grows_in_huge_pages(void) {
+/* With the standard allocator, which aligns large blocks. */
+static void test_large_history_grows_with_the_standard_allocator(void) {
     enum { LOADED = 2300000, PUSHED = 300000 };
     autoclip_history *history;
     const char *reason = "";
@@ -394,7 +394,7 @@ static void test_large_history_grows_in_huge_pages(void) {
 
 #define MEMORY_TESTS                                                                                                   \
     TEST(test_small_history_takes_at_most_four_kilobytes), TEST(test_memory_per_norm_is_bounded),                      \
-        TEST(test_large_history_grows_in_huge_pages),
+        TEST(test_large_history_grows_with_the_standard_allocator),
 #else
 #define MEMORY_TESTS
 #endif
