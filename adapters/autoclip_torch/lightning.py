@@ -9,6 +9,7 @@ The Trainer of `pytorch_lightning` takes this callback too.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from autoclip_core import AutoClipValueError, StateError
 from autoclip_torch.attach import attach
@@ -63,6 +64,10 @@ class AutoClipCallback(Callback):
         loaded, self._loaded = self._loaded, None
         self.clips = [attach(optimizer, **self._options) for optimizer in trainer.optimizers]
         if loaded is None:
+            if trainer.ckpt_path is not None:
+                warnings.warn(
+                    "The checkpoint has no histories: AutoClip begins new ones.", RuntimeWarning, stacklevel=2
+                )
             return
         if len(loaded) != len(self.clips):
             raise StateError(

@@ -7,7 +7,6 @@ the gradients are accumulated, reduced and unscaled.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +64,16 @@ class AutoClipMixin(TrainerCallback):
         self._autoclip_resumes: Any = None
         self.add_callback(self)  # type: ignore[attr-defined]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - as the Trainer has it
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Train as the Trainer does, without its own clipping."""
         self._autoclip_resumes = resume_from_checkpoint
         if resume_from_checkpoint is True:
-            self._autoclip_resumes = get_last_checkpoint(self.args.output_dir)
+            self._autoclip_resumes = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
         given, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -102,8 +106,8 @@ class AutoClipMixin(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the history into the checkpoint's folder: a file that is there is complete."""
-        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if self.clip is not None and args.should_save and folder.is_dir():  # a search of hyperparameters has others
             part = folder / f"{_FILE}.part"
             torch.save(self.clip.state_dict(), part)
-            os.replace(part, folder / _FILE)
+            part.replace(folder / _FILE)

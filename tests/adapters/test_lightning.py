@@ -1,7 +1,9 @@
 """AutoClipCallback in real fits: the parameters are those of a plain PyTorch loop with `attach`, to the last bit."""
 
 import contextlib
+import doctest
 
+import autoclip_torch.lightning
 import lightning.pytorch
 import pytest
 import pytorch_lightning
@@ -95,7 +97,7 @@ def fit_by_hand(make_optimizer=OPTIMIZERS["adamw"], accumulate=1, precision=None
     for _ in range(2):
         for batches in zip(*[iter(make_data())] * accumulate, strict=True):
 
-            def closure():
+            def closure(batches=batches):
                 optimizer.zero_grad()
                 for batch in batches:
                     with torch.autocast("cpu", precision, enabled=precision is not None, cache_enabled=False):
@@ -272,6 +274,16 @@ def test_checkpoint_with_other_optimizers_is_refused(make_trainer):
         make_trainer(callback).fit(Module(), make_data())
 
 
+def test_checkpoint_without_histories_is_warned_about(make_trainer, tmp_path):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Module(), make_data())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    callback = AutoClipCallback()
+    with pytest.warns(RuntimeWarning, match="AutoClip begins new ones"):
+        make_trainer(callback).fit(Module(), make_data(), ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.clips[0].steps == 12
+
+
 def test_loaded_state_is_kept_until_the_training_starts():
     callback = AutoClipCallback()
     assert callback.state_dict() == {}
@@ -307,7 +319,7 @@ def test_fit_logs_by_itself(make_trainer, tmp_path):
 
 
 def test_trainer_that_clips_is_refused(make_trainer):
-    with pytest.raises(AutoClipValueError, match="gradient_clip_val=0.5"):
+    with pytest.raises(AutoClipValueError, match=r"gradient_clip_val=0\.5"):
         make_trainer(AutoClipCallback(), gradient_clip_val=0.5).fit(Module(), make_data())
 
 
@@ -324,3 +336,7 @@ def test_optimizers_are_left_as_they_were(callbacks, make_trainer):
     with contextlib.suppress(RuntimeError):
         make_trainer(AutoClipCallback(), *callbacks).fit(module, make_data())
     attach(optimizer)  # which has no other any more
+
+
+def test_example_in_the_docstring_is_true():
+    assert doctest.testmod(autoclip_torch.lightning) == (0, 1)

@@ -4,6 +4,9 @@ The reference is the Trainer itself, with its own clipping off and `attach` on i
 measures, and its parameters are to be ours to the last bit.
 """
 
+import doctest
+
+import autoclip_torch.transformers
 import numpy as np
 import pytest
 import torch
@@ -200,7 +203,7 @@ def test_clip_lives_as_long_as_its_optimizer(make_trainer):
 
 
 def test_own_max_grad_norm_is_refused(make_trainer):
-    with pytest.raises(AutoClipValueError, match="AutoClip replaces max_grad_norm=0.5"):
+    with pytest.raises(AutoClipValueError, match=r"AutoClip replaces max_grad_norm=0\.5"):
         make_trainer(max_grad_norm=0.5)
     make_trainer(max_grad_norm=0.0)
 
@@ -210,3 +213,7 @@ def test_max_grad_norm_is_given_back(make_trainer):
     with pytest.raises(AutoClipValueError, match="percentile"):
         trainer.train()
     assert trainer.args.max_grad_norm == 1.0
+
+
+def test_example_in_the_docstring_is_true():
+    assert doctest.testmod(autoclip_torch.transformers) == (0, 2)
