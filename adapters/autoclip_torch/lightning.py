@@ -30,8 +30,8 @@ class AutoClipCallback(Callback):
     """Clip the gradients of every optimizer of a fit, each by a history of its own.
 
     The histories are in the Trainer's checkpoints, and `fit(ckpt_path=...)` continues them; a fit without it begins new
-    ones, as its optimizers are new. Logged after every batch, without waiting for the device: `grad_norm` (before
-    clipping), `clip_threshold`, `clip_scale`, `clipped` and `clipped_share`; of several optimizers as
+    ones, as its optimizers are new. Logged every `log_every_n_steps`, without waiting for the device: `grad_norm`
+    (before clipping), `clip_threshold`, `clip_scale`, `clipped` and `clipped_share`; of several optimizers as
     `optimizer0/grad_norm` and so on.
 
     Args: as `attach`.
@@ -78,6 +78,9 @@ class AutoClipCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the latest step."""
+        # Private, but as Lightning's own callbacks do it: five numbers cost a millisecond, which no step is to pay.
+        if not trainer._logger_connector.should_update_logs:
+            return
         for index, clip in enumerate(self.clips):
             prefix = f"optimizer{index}/" if len(self.clips) > 1 else ""
             # Lightning would move floats to the device, and wait for it.

@@ -67,14 +67,13 @@ Module = module_of(lightning.pytorch)
 @pytest.fixture
 def make_trainer(tmp_path):
     def make_trainer(*callbacks, pl=lightning.pytorch, **options):
-        options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+        options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1, **options}
         return pl.Trainer(
             callbacks=[*callbacks],
             accelerator="cpu",
             default_root_dir=tmp_path,
             enable_model_summary=False,
             enable_progress_bar=False,
-            log_every_n_steps=1,
             **options,
         )
 
@@ -313,6 +312,13 @@ def test_fit_logs_by_itself(make_trainer, tmp_path):
     assert set(header.split(",")) >= LOGGED
     assert len(rows) == 24
     assert list((tmp_path / "lightning_logs").rglob("events.out.tfevents.*"))
+
+
+def test_fit_logs_no_more_often_than_the_trainer(make_trainer, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Module, "log_dict", lambda module, numbers: logged.append(numbers))
+    make_trainer(AutoClipCallback(), log_every_n_steps=6).fit(Module(), make_data())
+    assert [set(numbers) for numbers in logged] == [LOGGED] * 4
 
 
 # What is refused
