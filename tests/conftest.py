@@ -28,6 +28,9 @@ settings.register_profile("dev", max_examples=50, deadline=None, suppress_health
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True, print_blob=True)
 settings.load_profile("ci" if DEMAND_ALL or os.environ.get("CI") else "dev")
 
+# Before anything imports it: Hugging Face's hub is not to be asked, nor told.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
 
 def pytest_configure(config):
     try:

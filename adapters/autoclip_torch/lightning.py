@@ -1,0 +1,104 @@
+"""AutoClip for Lightning's Trainer.
+
+An optimizer that clips inside its own step (attach.py) is all that is needed: Lightning hands it closures, or unscaled
+gradients, or the scale with the fused ones, in automatic and in manual optimization alike. The hook
+`on_before_optimizer_step` sees the gradients of fused optimizers scaled, and could not leave out a step.
+
+The Trainer of `pytorch_lightning` takes this callback too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
+from autoclip_core import AutoClipValueError, StateError
+from autoclip_torch.attach import attach
+
+if TYPE_CHECKING:
+    from autoclip_torch.clip import AutoClip
+
+
+class AutoClipCallback(Callback):
+    """Clip the gradients of every optimizer of a fit, each by a history of its own.
+
+    The histories are in the Trainer's checkpoints, and `fit(ckpt_path=...)` continues them; a fit without it begins new
+    ones, as its optimizers are new. Logged every `log_every_n_steps`, without waiting for the device: `grad_norm`
+    (before clipping), `clip_threshold`, `clip_scale`, `clipped` and `clipped_share`; of several optimizers as
+    `optimizer0/grad_norm` and so on.
+
+    Args: as `attach`.
+
+    Raises:
+        AutoClipValueError: the Trainer clips as well (when it is set up), or an option cannot be used (when the
+            training starts).
+        StateError: a checkpoint was made with another number of optimizers, or with other options.
+
+    >>> trainer = Trainer(
+    ...     callbacks=[AutoClipCallback(percentile=10.0)], logger=False, enable_checkpointing=False, accelerator="cpu"
+    ... )
+    """
+
+    def __init__(self, percentile: float = 10.0, **options: Any) -> None:
+        self._options = {"percentile": percentile, **options}
+        self._loaded: dict[str, Any] | None = None
+        self.clips: list[AutoClip] = []  # of the trainer's optimizers, in order
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer that clips as well."""
+        if trainer.gradient_clip_val:
+            raise AutoClipValueError(
+                f"The Trainer has gradient_clip_val={trainer.gradient_clip_val}, and AutoClip would record norms that "
+                "are clipped already; leave it out. To cap AutoClip's threshold use max_threshold."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the optimizers, which are as they will be used only now."""
+        loaded, self._loaded = self._loaded, None
+        self.clips = [attach(optimizer, **self._options) for optimizer in trainer.optimizers]
+        if loaded is None:
+            if trainer.ckpt_path is not None:
+                warnings.warn(
+                    "The checkpoint has no histories: AutoClip begins new ones.", RuntimeWarning, stacklevel=2
+                )
+            return
+        if len(loaded) != len(self.clips):
+            raise StateError(
+                f"The checkpoint has the histories of {len(loaded)} optimizers, but there are {len(self.clips)}."
+            )
+        for index, clip in enumerate(self.clips):
+            clip.load_state_dict(loaded[str(index)])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log the latest step."""
+        # Private, but as Lightning's own callbacks do it: five numbers cost a millisecond, which no step is to pay.
+        if not trainer._logger_connector.should_update_logs:
+            return
+        for index, clip in enumerate(self.clips):
+            prefix = f"optimizer{index}/" if len(self.clips) > 1 else ""
+            # Lightning would move floats to the device, and wait for it.
+            pl_module.log_dict({prefix + name: torch.tensor(number) for name, number in clip.log().items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the optimizers as they were."""
+        for clip in self.clips:
+            clip.detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers as they were."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each optimizer's AutoClip, for a checkpoint."""
+        return self._loaded or {str(index): clip.state_dict() for index, clip in enumerate(self.clips)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the optimizers, which may not be there yet."""
+        self._loaded = state_dict
