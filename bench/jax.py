@@ -101,9 +101,7 @@ def clipping(home: str, size: int) -> optax.GradientTransformationExtraArgs:
 
 def full_state(state: autoclip_jax.AutoClipState, norms: Norms) -> autoclip_jax.AutoClipState:
     """A state whose window holds these norms, oldest first."""
-    return state._replace(
-        ascending=jnp.asarray(np.sort(norms)), ring=jnp.asarray(norms), recorded_steps=jnp.int32(len(norms))
-    )
+    return state._replace(norms=jnp.asarray([np.sort(norms), norms]), counts=state.counts.at[1].set(len(norms)))
 
 
 class Trainer:

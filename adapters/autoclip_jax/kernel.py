@@ -49,25 +49,24 @@ def _obstacle() -> str:
     return ""
 
 
-def observe_window(
-    ascending: Array, ring: Array, recorded_steps: Array, norm: Array, percentile: float | Array
-) -> tuple[Array, Array, Array]:
-    """Do what `arrays.observe` does, in the kernel where it serves."""
+def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile: float | Array) -> tuple[Array, Array]:
+    """Do what `arrays.observe` does, in the kernel where it serves, for a window in one array.
 
-    def by_kernel(*operands: Array) -> Any:
+    `norms` has the window ascending and in order of age, shape (2, N). Returns it with the norm, and the percentile.
+    """
+
+    def by_kernel(norms: Array, recorded_steps: Array, norm: Array) -> Any:
         # Results look like these operands, for JAX's sharding as well.
-        call = jax.ffi.ffi_call(
-            _WINDOW, (ascending, ring, norm), vmap_method="sequential", input_output_aliases={0: 0, 1: 1}
-        )
-        return call(*operands, _exact(percentile))
+        call = jax.ffi.ffi_call(_WINDOW, (norms, norm), vmap_method="sequential", input_output_aliases={0: 0})
+        return call(norms, recorded_steps, norm, _exact(percentile))
 
-    def by_numpy(*operands: Array) -> Any:
-        return arrays.observe(jnp, *operands, percentile)
+    def by_numpy(norms: Array, recorded_steps: Array, norm: Array) -> Any:
+        ascending, ring, found = arrays.observe(jnp, norms[0], norms[1], recorded_steps, norm, percentile)
+        return jnp.stack([ascending, ring]), found
 
-    operands = (ascending, ring, recorded_steps, norm)
     if _obstacle():
-        return by_numpy(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=by_kernel, default=by_numpy)
+        return by_numpy(norms, recorded_steps, norm)
+    return jax.lax.platform_dependent(norms, recorded_steps, norm, cpu=by_kernel, default=by_numpy)
 
 
 def observe_tree(
