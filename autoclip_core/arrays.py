@@ -127,9 +127,9 @@ def decide(
     percentile: Any,
     recorded_steps: Any,
     *,
-    warmup: int,
+    warmup: Any,
     nonfinite: str,
-    max_threshold: float,
+    max_threshold: Any,
 ) -> tuple[Any, Any, Any]:
     """Return the threshold, the scale and whether it clips, as `AutoClip.observe` does.
 

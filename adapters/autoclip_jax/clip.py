@@ -90,7 +90,7 @@ def autoclip(
     window: int | None = DEFAULT_WINDOW,
     history: NormHistory | None = None,
     warmup: int | Array = 0,
-    nonfinite: Literal["skip", "pass"] = "skip",
+    nonfinite: Literal["skip", "raise", "pass"] = "skip",
     max_threshold: float | Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip updates to a percentile of the gradient norms seen so far.

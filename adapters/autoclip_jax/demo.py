@@ -61,7 +61,7 @@ def load_digits() -> Digits:
     from sklearn import datasets
 
     pictures, labels = datasets.load_digits(return_X_y=True)
-    pictures, unseen = np.float32(pictures / 16.0), np.arange(len(labels)) % 5 == 0
+    pictures, unseen = (pictures / 16.0).astype(np.float32), np.arange(len(labels)) % 5 == 0
     return Digits(*map(jnp.asarray, (pictures[~unseen], labels[~unseen], pictures[unseen], labels[unseen])))
 
 
@@ -88,7 +88,8 @@ def train(arm: str, loss_scale: float, digits: Digits, steps: int) -> Run:
 
     def loss(params: Params, batch: Array) -> Array:
         scores = scores_of(params, digits.pictures[batch])
-        return loss_scale * optax.softmax_cross_entropy_with_integer_labels(scores, digits.labels[batch]).mean()
+        losses: Array = optax.softmax_cross_entropy_with_integer_labels(scores, digits.labels[batch])
+        return loss_scale * losses.mean()
 
     def step(carry: tuple[Params, optax.OptState], key: Array) -> tuple[tuple[Params, optax.OptState], Array]:
         params, state = carry

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, ffi
 
 from autoclip_core import BackendError, arrays, kernel_library
 
@@ -43,7 +43,8 @@ def _obstacle() -> str:
         jax.devices("cpu")  # without a device to register for, JAX may end the process
         library = ctypes.CDLL(kernel_library())
         for name in (_WINDOW, _TREE):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            handler = ffi.pycapsule(getattr(library, name))  # type: ignore[no-untyped-call]
+            ffi.register_ffi_target(name, handler, platform="cpu")
     except (BackendError, OSError, AttributeError, RuntimeError) as error:
         return str(error)
     return ""
@@ -55,18 +56,22 @@ def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile:
     `norms` has the window ascending and in order of age, shape (2, N). Returns it with the norm, and the percentile.
     """
 
-    def by_kernel(norms: Array, recorded_steps: Array, norm: Array) -> Any:
+    def by_kernel(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
         # Results look like these operands, for JAX's sharding as well.
-        call = jax.ffi.ffi_call(_WINDOW, (norms, norm), vmap_method="sequential", input_output_aliases={0: 0})
-        return call(norms, recorded_steps, norm, _exact(percentile))
+        call: Any = ffi.ffi_call(_WINDOW, (norms, norm), vmap_method="sequential", input_output_aliases={0: 0})
+        after, found = call(norms, recorded_steps, norm, _exact(percentile))
+        return after, found
 
-    def by_numpy(norms: Array, recorded_steps: Array, norm: Array) -> Any:
+    def by_numpy(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
         ascending, ring, found = arrays.observe(jnp, norms[0], norms[1], recorded_steps, norm, percentile)
         return jnp.stack([ascending, ring]), found
 
     if _obstacle():
         return by_numpy(norms, recorded_steps, norm)
-    return jax.lax.platform_dependent(norms, recorded_steps, norm, cpu=by_kernel, default=by_numpy)
+    found: tuple[Array, Array] = jax.lax.platform_dependent(
+        norms, recorded_steps, norm, cpu=by_kernel, default=by_numpy
+    )
+    return found
 
 
 def observe_tree(
@@ -87,10 +92,13 @@ def observe_tree(
         )
 
     def call(target: str) -> Any:
-        made = jax.ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
+        made = ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
         return lambda *operands: made(*operands, _exact(percentile), history=np.int64(shared_id))
 
-    return jax.lax.platform_dependent(step, last, norm, cpu=call(_TREE), default=call(_NO_TREE))
+    found: tuple[Array, Array, Array] = jax.lax.platform_dependent(
+        step, last, norm, cpu=call(_TREE), default=call(_NO_TREE)
+    )
+    return found
 
 
 def _exact(percentile: float | Array) -> Array:
