@@ -74,7 +74,7 @@ SUBJECTS = [
 
 def make_params() -> Params:
     random = np.random.default_rng(0)
-    shapes = {"w1": (32, 64), "b1": (64,), "w2": (64, 10), "b2": (10,)}
+    shapes = {"w1": (32, 128), "b1": (128,), "w2": (128, 10), "b2": (10,)}
     return {name: jnp.asarray(random.normal(size=shape) * 0.1, jnp.float32) for name, shape in shapes.items()}
 
 

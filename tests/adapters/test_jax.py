@@ -1,6 +1,8 @@
 """AutoClip for JAX takes every step as the core does: in the state by the kernel and by jax.numpy, and in the tree."""
 
+import doctest
 import warnings
+from importlib import import_module
 from math import inf, nan
 
 import jax
@@ -135,7 +137,7 @@ percentile_of = jax.jit(lambda ascending, size, percentile: arrays.percentile_of
 
 @given(
     st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=20),
-    st.floats(0, 100, width=32) | st.sampled_from([0.0, 1e-7, 1e-3, 10.0, 99.875, 100.0]),
+    st.floats(2**-20, 100, width=32) | st.sampled_from([0.0, 1e-3, 10.0, 99.875]),
 )
 def test_percentile_over_arrays_is_within_an_ulp_for_any_neighbours(norms, percentile):
     norms = np.sort(np.array(norms, np.float32))
@@ -394,3 +396,9 @@ def test_state_is_arrays_with_one_owner_each():
 
 def test_rule_is_that_of_the_core_version_installed():
     assert autoclip_core.arrays is arrays
+
+
+@pytest.mark.parametrize("name", ["clip", "kernel"])
+def test_examples_in_the_docstrings_are_true(name, capsys):
+    failed, _ = doctest.testmod(import_module(f"autoclip_jax.{name}"))
+    assert failed == 0, capsys.readouterr().out

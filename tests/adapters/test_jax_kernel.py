@@ -93,6 +93,12 @@ def lowered(tx, platform):
     return jax.jit(tx.update).trace(params, state, params).lower(lowering_platforms=(platform,)).as_text()
 
 
+recent_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="what is for other platforms stays in the text until XLA removes it"
+)
+
+
+@recent_jax
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 @pytest.mark.parametrize("percentile", [10.0, "scheduled"])
 def test_window_needs_no_host_on_any_platform(platform, percentile):
@@ -106,6 +112,7 @@ def test_window_needs_no_host_on_any_platform(platform, percentile):
     assert text.count("custom_call") == (platform == "cpu")
 
 
+@recent_jax
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_tree_serves_on_the_cpu_and_says_so_elsewhere(platform):
     text = lowered(autoclip(history=NormHistory()), platform)

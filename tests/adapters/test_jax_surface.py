@@ -258,6 +258,7 @@ def test_flax_linen_train_state(options):
     check_training(state.opt_state, options, losses)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="nnx.Optimizer was another before")
 def test_flax_nnx_optimizer(options):
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.chain(autoclip(10.0, **options), optax.adam(1e-2)), wrt=nnx.Param)
