@@ -161,10 +161,9 @@ def autoclip(
             "history=NormHistory() has no bound."
         )
     if isinstance(percentile, jax.core.Tracer):
-        percentile = jax.lax.stop_gradient(jnp.clip(percentile, 0.0, 100.0))
+        percentile = jax.lax.stop_gradient(jnp.clip(_wide(percentile), 0.0, 100.0))
     else:
         percentile = float(_known(percentile))
-    cap = inf if max_threshold is None else max_threshold
 
     def init(params: optax.Params) -> AutoClipState:
         del params
@@ -185,6 +184,7 @@ def autoclip(
         del params, extra
         _check_state(state, known_window, history)
         norm = _global_norm(updates)
+        cap = jnp.asarray(inf if max_threshold is None else max_threshold, jnp.float32)
         # Where a step is differentiated, the threshold is a constant in it.
         remembered = jax.lax.stop_gradient(arrays.norm_to_remember(jnp, norm))
         norms = jax.lax.stop_gradient(state.norms)

@@ -6,7 +6,7 @@ What shaped this module:
 - They are registered when a program is first traced, and not at import: registering needs JAX's devices, and asking for
   these too early would forbid `jax.distributed.initialize`.
 - A handler counts as a pure function: JAX then may shard, batch, recompute and donate around it. The window is one. The
-  tree becomes one by counting steps: a step that is taken twice is taken once.
+  tree is made to look like one: its steps are counted, and one that is taken again is remembered once.
 """
 
 from __future__ import annotations

@@ -172,6 +172,18 @@ def test_inject_hyperparams_schedules_the_percentile(static_args):
         assert metrics(state)["clip_threshold"] == np.float32(clip.observe(float(norm)).threshold)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_inject_hyperparams_takes_its_numbers_from_small_floats(dtype):
+    params = jnp.ones(1, dtype)
+    tx = optax.inject_hyperparams(autoclip)(percentile=lambda count: 50.0, max_threshold=3.0)
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for norm, threshold in ((2.0, 2.0), (8.0, 3.0), (1.0, 2.0)):
+        updates, state = step(params * norm, state, params)
+        assert metrics(state)["clip_threshold"] == threshold
+        assert updates.dtype == dtype
+
+
 def test_inject_hyperparams_holds_a_percentile_within_its_bounds_and_names_what_is_static():
     tx = optax.inject_hyperparams(autoclip, static_args="window")(percentile=lambda count: 150.0 - 100.0 * count)
     state = jax.jit(tx.init)(jnp.ones(1))
