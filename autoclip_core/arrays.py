@@ -76,8 +76,8 @@ def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any)
 def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
     """Return the percentile of the first `size` of the ascending norms, infinity if there are none.
 
-    The two norms that it lies between are exact; the result is within 1 unit in the last place of the percentile by
-    `numpy.percentile` in float64, rounded to the type of the norms.
+    The two norms that it lies between are exact; the result is within 1 unit in the last place of `numpy.percentile` in
+    float64, rounded to float32, whatever these norms are, for a percentile of 0 or at least 1e-6.
 
     Args:
         xp: the array library.
@@ -98,8 +98,8 @@ def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
 def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
     """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
 
-    By hand, as on paper, in base 128: first the product with the digits of the percentile, from the last one on, then
-    its division by 100, from the first one on.
+    As on paper, in base 128: first the product with the digits of the percentile, from the last one on, then its
+    division by 100, from the first one on.
     """
     digits = []
     for _ in range(1 + _DIGITS):
@@ -208,9 +208,9 @@ def decide(
     threshold: Any,
     recorded_steps: Any,
     *,
-    warmup: int = 0,
+    warmup: Any = 0,
     nonfinite: str = "skip",
-    max_threshold: float = inf,
+    max_threshold: Any = inf,
 ) -> tuple[Any, Any, Any]:
     """Decide a step as `AutoClip.observe` does.
 

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "autoclip_core/replay.py": "arrays errors history [numpy] [tensorboard]",
     "adapters/autoclip_jax/__init__.py": "autoclip_jax",
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
+    "adapters/autoclip_jax/demo.py": "autoclip_jax jax numpy optax [sklearn]",
     "adapters/autoclip_jax/kernel.py": "autoclip_core jax numpy",
     "adapters/autoclip_torch/__init__.py": "autoclip_core autoclip_torch",
     "adapters/autoclip_torch/attach.py": "autoclip_core autoclip_torch torch",

@@ -31,26 +31,57 @@ DEFAULT_WINDOW = 131_072
 class AutoClipState(NamedTuple):
     """The state of `autoclip`: the history, counts, and what was decided at the last step.
 
-    ascending, ring: the window's norms in order of size and of age, shape (window,), infinity where there is none yet.
-        With a NormHistory, which holds them, None and the last norm alone.
-    steps, recorded_steps, clipped_steps, nonfinite_steps: how many updates were seen, remembered, clipped, and not
-        finite; int32.
-    grad_norm: the norm of the last updates before clipping.
-    clip_threshold: the percentile of the history, at most `max_threshold`; infinity while there is none.
-    clip_scale: the factor the updates got; 0 for updates that were dropped.
-    clipped: whether the scale shortened finite updates.
+    Few arrays, because each costs a compiled step about a microsecond; the properties name what is in them.
+
+    norms: float32, shape (2, window): the norms of the window ascending, and in order of age in a ring; infinity where
+        there is none yet. With a NormHistory, which holds them, shape (1,): the last one.
+    counts: int32, shape (4,).
+    last: float32, shape (4,).
     """
 
-    ascending: Array | None
-    ring: Array
-    steps: Array
-    recorded_steps: Array
-    clipped_steps: Array
-    nonfinite_steps: Array
-    grad_norm: Array
-    clip_threshold: Array
-    clip_scale: Array
-    clipped: Array
+    norms: Array
+    counts: Array
+    last: Array
+
+    @property
+    def steps(self) -> Array:
+        """How many updates were seen."""
+        return self.counts[..., 0]
+
+    @property
+    def recorded_steps(self) -> Array:
+        """How many norms were remembered."""
+        return self.counts[..., 1]
+
+    @property
+    def clipped_steps(self) -> Array:
+        """How many updates were clipped."""
+        return self.counts[..., 2]
+
+    @property
+    def nonfinite_steps(self) -> Array:
+        """How many norms were NaN or infinite."""
+        return self.counts[..., 3]
+
+    @property
+    def grad_norm(self) -> Array:
+        """The norm of the last updates, before clipping."""
+        return self.last[..., 0]
+
+    @property
+    def clip_threshold(self) -> Array:
+        """The percentile of the history, at most `max_threshold`; infinity while there is none."""
+        return self.last[..., 1]
+
+    @property
+    def clip_scale(self) -> Array:
+        """The factor of the last updates; 0 if they were dropped."""
+        return self.last[..., 2]
+
+    @property
+    def clipped(self) -> Array:
+        """Whether the scale shortened the last updates, which were finite."""
+        return self.last[..., 3] > 0.0
 
 
 def autoclip(
@@ -59,7 +90,7 @@ def autoclip(
     window: int | None = DEFAULT_WINDOW,
     history: NormHistory | None = None,
     warmup: int | Array = 0,
-    nonfinite: Literal["skip", "pass"] = "skip",
+    nonfinite: Literal["skip", "raise", "pass"] = "skip",
     max_threshold: float | Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip updates to a percentile of the gradient norms seen so far.
@@ -130,10 +161,9 @@ def autoclip(
             "history=NormHistory() has no bound."
         )
     if isinstance(percentile, jax.core.Tracer):
-        percentile = jax.lax.stop_gradient(jnp.clip(percentile, 0.0, 100.0))
+        percentile = jax.lax.stop_gradient(jnp.clip(_wide(percentile), 0.0, 100.0))
     else:
         percentile = float(_known(percentile))
-    cap = inf if max_threshold is None else max_threshold
 
     def init(params: optax.Params) -> AutoClipState:
         del params
@@ -143,17 +173,9 @@ def autoclip(
                 'static_args=("window",).'
             )
         return AutoClipState(
-            # Made one by one: arrays that are donated may not be the same.
-            ascending=None if history is not None else jnp.full((known_window,), inf, jnp.float32),
-            ring=jnp.full((known_window if history is None else 1,), inf, jnp.float32),
-            steps=jnp.zeros((), jnp.int32),
-            recorded_steps=jnp.zeros((), jnp.int32),
-            clipped_steps=jnp.zeros((), jnp.int32),
-            nonfinite_steps=jnp.zeros((), jnp.int32),
-            grad_norm=jnp.zeros((), jnp.float32),
-            clip_threshold=jnp.full((), inf, jnp.float32),
-            clip_scale=jnp.ones((), jnp.float32),
-            clipped=jnp.zeros((), jnp.bool_),
+            norms=jnp.full((1,) if history is not None else (2, known_window), inf, jnp.float32),
+            counts=jnp.zeros((4,), jnp.int32),
+            last=jnp.asarray([0.0, inf, 1.0, 0.0], jnp.float32),
         )
 
     def update(
@@ -162,33 +184,28 @@ def autoclip(
         del params, extra
         _check_state(state, known_window, history)
         norm = _global_norm(updates)
+        cap = jnp.asarray(inf if max_threshold is None else max_threshold, jnp.float32)
         # Where a step is differentiated, the threshold is a constant in it.
         remembered = jax.lax.stop_gradient(arrays.norm_to_remember(jnp, norm))
-        ascending, ring = jax.lax.stop_gradient((state.ascending, state.ring))
+        norms = jax.lax.stop_gradient(state.norms)
         if history is None:
-            ascending, ring, value = kernel.observe_window(
-                ascending, ring, state.recorded_steps, remembered, percentile
-            )
+            norms, value = kernel.observe_window(norms, state.recorded_steps, remembered, percentile)
             recorded_steps = state.recorded_steps + (remembered < inf)
         else:
-            recorded_steps, ring, value = kernel.observe_tree(
-                history.shared_id, state.recorded_steps, ring, remembered, percentile
+            recorded_steps, norms, value = kernel.observe_tree(
+                history.shared_id, state.recorded_steps, norms, remembered, percentile
             )
         threshold, scale, clipped = arrays.decide(
             jnp, norm, value, recorded_steps, warmup=warmup, nonfinite=nonfinite, max_threshold=cap
         )
-        state = AutoClipState(
-            ascending=ascending,
-            ring=ring,
-            steps=state.steps + 1,
-            recorded_steps=recorded_steps,
-            clipped_steps=state.clipped_steps + clipped,
-            nonfinite_steps=state.nonfinite_steps + ~jnp.isfinite(norm),
-            grad_norm=norm,
-            clip_threshold=threshold,
-            clip_scale=scale,
-            clipped=clipped,
+        counts = (
+            state.steps + 1,
+            recorded_steps,
+            state.clipped_steps + clipped,
+            state.nonfinite_steps + ~jnp.isfinite(norm),
         )
+        last = (norm, threshold, scale, clipped.astype(jnp.float32))
+        state = AutoClipState(norms, jnp.stack(counts), jnp.stack(last))
         return jax.tree.map(lambda update: _scaled(update, scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -270,15 +287,15 @@ def _check_state(state: Any, window: int | None, history: NormHistory | None) ->
         raise AutoClipTypeError(
             f"autoclip's update takes the state made by its init, but a {type(state).__name__} was given."
         )
-    if (state.ascending is None) != (history is not None):
+    if (jnp.ndim(state.norms) == 1) != (history is not None):
         here, there = ("a NormHistory", "the state") if history is not None else ("the state", "a NormHistory")
         raise StateError(
             f"This autoclip keeps its norms in {here}, but the state is of one that keeps them in {there}."
         )
-    if state.ascending is not None and window not in (None, state.ascending.shape[-1]):
+    if history is None and window not in (None, state.norms.shape[-1]):
         raise StateError(
-            f"The state has window={state.ascending.shape[-1]}, but this autoclip has window={window}; construct it "
-            "with the window of the run that is resumed."
+            f"The state has window={state.norms.shape[-1]}, but this autoclip has window={window}; construct it with "
+            "the window of the run that is resumed."
         )
 
 

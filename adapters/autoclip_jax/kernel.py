@@ -6,7 +6,7 @@ What shaped this module:
 - They are registered when a program is first traced, and not at import: registering needs JAX's devices, and asking for
   these too early would forbid `jax.distributed.initialize`.
 - A handler counts as a pure function: JAX then may shard, batch, recompute and donate around it. The window is one. The
-  tree becomes one by counting steps: a step that is taken twice is taken once.
+  tree is made to look like one: its steps are counted, and one that is taken again is remembered once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, ffi
 
 from autoclip_core import BackendError, arrays, kernel_library
 
@@ -43,31 +43,35 @@ def _obstacle() -> str:
         jax.devices("cpu")  # without a device to register for, JAX may end the process
         library = ctypes.CDLL(kernel_library())
         for name in (_WINDOW, _TREE):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            handler = ffi.pycapsule(getattr(library, name))  # type: ignore[no-untyped-call]
+            ffi.register_ffi_target(name, handler, platform="cpu")
     except (BackendError, OSError, AttributeError, RuntimeError) as error:
         return str(error)
     return ""
 
 
-def observe_window(
-    ascending: Array, ring: Array, recorded_steps: Array, norm: Array, percentile: float | Array
-) -> tuple[Array, Array, Array]:
-    """Do what `arrays.observe` does, in the kernel where it serves."""
+def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile: float | Array) -> tuple[Array, Array]:
+    """Do what `arrays.observe` does, in the kernel where it serves, for a window in one array.
 
-    def by_kernel(*operands: Array) -> Any:
+    `norms` has the window ascending and in order of age, shape (2, N). Returns it with the norm, and the percentile.
+    """
+
+    def by_kernel(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
         # Results look like these operands, for JAX's sharding as well.
-        call = jax.ffi.ffi_call(
-            _WINDOW, (ascending, ring, norm), vmap_method="sequential", input_output_aliases={0: 0, 1: 1}
-        )
-        return call(*operands, _exact(percentile))
+        call: Any = ffi.ffi_call(_WINDOW, (norms, norm), vmap_method="sequential", input_output_aliases={0: 0})
+        after, found = call(norms, recorded_steps, norm, _exact(percentile))
+        return after, found
 
-    def by_numpy(*operands: Array) -> Any:
-        return arrays.observe(jnp, *operands, percentile)
+    def by_numpy(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
+        ascending, ring, found = arrays.observe(jnp, norms[0], norms[1], recorded_steps, norm, percentile)
+        return jnp.stack([ascending, ring]), found
 
-    operands = (ascending, ring, recorded_steps, norm)
     if _obstacle():
-        return by_numpy(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=by_kernel, default=by_numpy)
+        return by_numpy(norms, recorded_steps, norm)
+    found: tuple[Array, Array] = jax.lax.platform_dependent(
+        norms, recorded_steps, norm, cpu=by_kernel, default=by_numpy
+    )
+    return found
 
 
 def observe_tree(
@@ -88,10 +92,13 @@ def observe_tree(
         )
 
     def call(target: str) -> Any:
-        made = jax.ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
+        made = ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
         return lambda *operands: made(*operands, _exact(percentile), history=np.int64(shared_id))
 
-    return jax.lax.platform_dependent(step, last, norm, cpu=call(_TREE), default=call(_NO_TREE))
+    found: tuple[Array, Array, Array] = jax.lax.platform_dependent(
+        step, last, norm, cpu=call(_TREE), default=call(_NO_TREE)
+    )
+    return found
 
 
 def _exact(percentile: float | Array) -> Array:

@@ -4,10 +4,9 @@
  * norms count is decided by the caller: an infinite one asks for the percentile and is not remembered. The percentile is
  * given as numbers whose sum it is, because three float32 hold any double, and a program without float64 has no other.
  *
- *   autoclip_xla_window  (sorted f32[N], ring f32[N], remembered s32, norm f32, percentile f32[] or f64[])
- *                     -> (sorted, ring, threshold f32)
- *       The last N norms in two arrays that belong to the program: ascending, and in order of age in a ring. Unused
- *       places hold infinities. `remembered` is the number of norms ever remembered, this one not among them. O(N).
+ *   autoclip_xla_window  (norms f32[2,N], remembered s32, norm f32, percentile f32[] or f64[]) -> (norms, threshold f32)
+ *       The last N norms in an array that belongs to the program: ascending, and in order of age in a ring. Unused places
+ *       hold infinities. `remembered` is the number of norms ever remembered, this one not among them. O(N).
  *
  *   autoclip_xla_tree    (step s32, last f32[1], norm f32, percentile f32[] or f64[]) -> (step, last, threshold f32)
  *       attribute `history` s64: an id of the table of shared histories, in which the norm is remembered as step `step`
@@ -64,10 +63,6 @@ static bool fits(const xla_call *call, int64_t operands, const int *operand_type
            has_types(&others, operands, operand_types) && has_types(&call->results, results, result_types);
 }
 
-static bool same_length(const xla_buffer *one, const xla_buffer *other) {
-    return one->rank == 1 && other->rank == 1 && one->sizes[0] == other->sizes[0] && one->sizes[0] > 0;
-}
-
 static double sum(const xla_buffer *numbers) {
     double total = 0.0;
     for (int64_t i = 0; i < numbers->sizes[0]; ++i) {
@@ -109,24 +104,24 @@ static void replace(float *sorted, size_t size, size_t from, float norm) {
 }
 
 xla_error *autoclip_xla_window(xla_call *call) {
-    static const int operands[] = {XLA_F32, XLA_F32, XLA_S32, XLA_F32};
-    static const int results[] = {XLA_F32, XLA_F32, XLA_F32};
+    static const int operands[] = {XLA_F32, XLA_S32, XLA_F32};
+    static const int results[] = {XLA_F32, XLA_F32};
     if (answer_metadata(call)) return NULL;
-    if (!fits(call, 4, operands, 3, results) || !same_length(call->operands.buffers[0], call->operands.buffers[1])) {
+    const xla_buffer *norms = call->operands.count > 0 ? call->operands.buffers[0] : NULL;
+    if (!fits(call, 3, operands, 2, results) || norms->rank != 2 || norms->sizes[0] != 2 || norms->sizes[1] < 1) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_window: bad call");
     }
-    const double percentile = sum(call->operands.buffers[4]);
+    const size_t window = (size_t)norms->sizes[1];
+    const size_t remembered = *(uint32_t *)operand(call, 1);
+    const float norm = *(float *)operand(call, 2);
+    const double percentile = sum(call->operands.buffers[3]);
     if (!is_percentile(percentile)) {
         return fail(call, XLA_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
     }
-    const size_t window = (size_t)call->operands.buffers[0]->sizes[0];
-    const size_t remembered = *(uint32_t *)operand(call, 2);
-    const float norm = *(float *)operand(call, 3);
     float *sorted = result(call, 0);
-    float *ring = result(call, 1);
+    float *ring = sorted + window;
     /* The caller asks XLA to work in place; where it did not, there is a copy to make. */
-    if (sorted != operand(call, 0)) memcpy(sorted, operand(call, 0), window * sizeof *sorted);
-    if (ring != operand(call, 1)) memcpy(ring, operand(call, 1), window * sizeof *ring);
+    if (sorted != norms->data) memcpy(sorted, norms->data, 2 * window * sizeof *sorted);
     size_t size = remembered < window ? remembered : window;
     if (isfinite(norm)) {
         float *oldest = ring + remembered % window;
@@ -147,7 +142,7 @@ xla_error *autoclip_xla_window(xla_call *call) {
         const double high = rank + 1 < size ? (double)sorted[rank + 1] : low;
         threshold = (float)percentile_between(low, high, position - (double)rank);
     }
-    *(float *)result(call, 2) = threshold;
+    *(float *)result(call, 1) = threshold;
     return NULL;
 }
 

@@ -93,6 +93,12 @@ def lowered(tx, platform):
     return jax.jit(tx.update).trace(params, state, params).lower(lowering_platforms=(platform,)).as_text()
 
 
+recent_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="what is for other platforms stays in the text until XLA removes it"
+)
+
+
+@recent_jax
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 @pytest.mark.parametrize("percentile", [10.0, "scheduled"])
 def test_window_needs_no_host_on_any_platform(platform, percentile):
@@ -106,6 +112,7 @@ def test_window_needs_no_host_on_any_platform(platform, percentile):
     assert text.count("custom_call") == (platform == "cpu")
 
 
+@recent_jax
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_tree_serves_on_the_cpu_and_says_so_elsewhere(platform):
     text = lowered(autoclip(history=NormHistory()), platform)
@@ -128,13 +135,14 @@ def test_target_that_no_device_has_is_named_by_the_error(monkeypatch):
 def window_call(ascending, ring, remembered, norm, percentile, **options):
     assert kernel.backend() == "native"
     arguments = (
-        *(jnp.asarray(array, jnp.float32) for array in (ascending, ring)),
+        jnp.asarray([ascending, ring], jnp.float32),
         jnp.int32(remembered),
         jnp.float32(norm),
         jnp.atleast_1d(jnp.asarray(percentile, jnp.float32)),
     )
-    shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*arguments[:2], arguments[3]))
-    return jax.jit(jax.ffi.ffi_call("autoclip_xla_window", shapes, **options))(*arguments)
+    shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (arguments[0], arguments[2]))
+    norms, threshold = jax.jit(jax.ffi.ffi_call("autoclip_xla_window", shapes, **options))(*arguments)
+    return *norms, threshold
 
 
 def test_handler_works_beside_its_operands_too():
@@ -163,15 +171,9 @@ def test_handler_refuses_what_is_no_percentile(percentile):
 def test_handlers_refuse_calls_that_are_not_theirs():
     shape = jax.ShapeDtypeStruct((1,), jnp.float32)
     for target in ("autoclip_xla_window", "autoclip_xla_tree"):
-        for results, operands in (
-            ((shape,), ()),
-            ((shape,) * 3, (jnp.ones(1),) * 5),
-            ((shape,) * 3, (jnp.ones(1),) * 4),
-        ):
+        for results, operands in ((1, 0), (2, 4), (3, 4), (2, 5)):
             with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: bad call"):
-                jax.block_until_ready(jax.jit(jax.ffi.ffi_call(target, results))(*operands))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="bad call"):
-        window_call([1, 2], [1], 1, 1, 50)
+                jax.block_until_ready(jax.jit(jax.ffi.ffi_call(target, (shape,) * results))(*[jnp.ones(1)] * operands))
     with pytest.raises(jax.errors.JaxRuntimeError, match="bad call"):
         window_call([], [], 1, 1, 50)
 
