@@ -116,10 +116,7 @@ class AutoClip:
         self._latest: dict[str, ClipStep] = {}
         self._clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)
         self._warned = False
-        # What reads values on the host is not for torch.compile to trace.
-        self._step_untraced: Callable[[], Any] = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
-        # Set by `attach`: ends the clipping inside optimizer.step().
-        self._detach: Callable[[], None] | None = None
+        self._start_unattached()
 
     @property
     def percentile(self) -> float:
@@ -304,7 +301,18 @@ class AutoClip:
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached, and waits for nothing.
         self._settled()
-        return {**self.__dict__, "_deferred": None, "_left": None, "_detach": None}
+        own = {name: value for name, value in self.__dict__.items() if name not in {"_step_untraced", "_detach"}}
+        return {**own, "_deferred": None, "_left": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_unattached()
+
+    def _start_unattached(self) -> None:
+        # What reads values on the host is not for torch.compile to trace.
+        self._step_untraced: Callable[[], Any] = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
+        # Set by `attach`: ends the clipping inside optimizer.step().
+        self._detach: Callable[[], None] | None = None
 
     def _make_clip(self) -> autoclip_core.AutoClip:
         return autoclip_core.AutoClip(self._percentile, **self._options)
