@@ -82,6 +82,9 @@ class AutoClip:
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
 
+    _step_untraced: Callable[[], Any]
+    _detach: Callable[[], None] | None  # set by `attach`: ends the clipping inside optimizer.step()
+
     def __init__(
         self,
         params: Parameters,
@@ -310,9 +313,8 @@ class AutoClip:
 
     def _start_unattached(self) -> None:
         # What reads values on the host is not for torch.compile to trace.
-        self._step_untraced: Callable[[], Any] = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
-        # Set by `attach`: ends the clipping inside optimizer.step().
-        self._detach: Callable[[], None] | None = None
+        self._step_untraced = torch.compiler.disable(self.step)  # type: ignore[no-untyped-call]
+        self._detach = None
 
     def _make_clip(self) -> autoclip_core.AutoClip:
         return autoclip_core.AutoClip(self._percentile, **self._options)
