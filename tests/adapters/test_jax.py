@@ -148,6 +148,16 @@ def test_percentile_over_arrays_is_within_an_ulp_for_any_neighbours(norms, perce
     assert ulps(found, np.float32(np.percentile(norms.astype(np.float64), float(percentile)))) <= 1
 
 
+def test_percentile_over_arrays_is_within_an_ulp_where_neighbours_are_far_apart():
+    # The percentile of 2 norms of any magnitudes is where each rounding of a float32 shows.
+    random = np.random.default_rng(0)
+    pairs = np.sort(np.exp2(random.uniform(-20, 20, (200_000, 2))).astype(np.float32))
+    percentiles = random.uniform(0, 100, len(pairs)).astype(np.float32)
+    found = jax.vmap(percentile_of, in_axes=(0, None, 0))(pairs, 2, percentiles)
+    low, high = pairs.astype(np.float64).T
+    assert ulps(found, low + (high - low) * (percentiles.astype(np.float64) / 100)) <= 1
+
+
 def test_rank_is_exact_in_the_longest_window():
     # Where float32 has no digit left for the rank: every norm is its own rank.
     last = arrays.MAX_WINDOW - 1

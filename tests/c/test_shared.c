@@ -190,6 +190,7 @@ static void test_steps_follow_one_another(void) {
         const double last = truth.aged[truth.count - 1];
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 41, last, 1, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 40, 0.5, 1, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 39, 0.5, 1.5, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 38, last, 0.5, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 0, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, UINT64_MAX, last, 1, 30, &threshold));

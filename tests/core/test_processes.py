@@ -47,7 +47,7 @@ def test_duplicates_of_a_structure_share_what_it_shares():
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where its tests ran before
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")  # where other tests have loaded JAX
 def test_history_goes_to_another_process_and_back(method):
     history = NormHistory(3000)
     history.extend(make_norms("log-normal", 5000))
