@@ -1,4 +1,4 @@
-"""Everything that README.md shows is true: its programs run, its commands and its files exist.
+"""Everything that the pages show is true: their programs run, their commands and their files exist.
 
     python   is a program of its own: it runs in an empty directory, and a warning is an error
     c        is one too: it compiles without a warning, runs with the kernel, and returns 0
@@ -20,7 +20,11 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("adapters/*/README.md"))]
+}
+every_page = pytest.mark.parametrize("page", PAGES)
 
 LANGUAGES = {"python", "c", "sh"}
 
@@ -31,6 +35,7 @@ class Block(NamedTuple):
     language: str
     code: str
     line: int  # of its first line in the page
+    page: str = "README.md"
 
 
 def read_blocks(page):
@@ -47,16 +52,16 @@ def read_blocks(page):
     return blocks
 
 
-BLOCKS = read_blocks(PAGE)
+BLOCKS = [block._replace(page=page) for page, text in PAGES.items() for block in read_blocks(text)]
 
 
 def blocks_of(language):
     found = [block for block in BLOCKS if block.language == language]
-    return pytest.mark.parametrize("block", found, ids=lambda block: f"line {block.line}")
+    return pytest.mark.parametrize("block", found, ids=lambda block: f"{block.page} {block.line}")
 
 
 def run_python(block):
-    program = compile("\n" * (block.line - 1) + block.code, "README.md", "exec")  # with the lines of the page
+    program = compile("\n" * (block.line - 1) + block.code, ROOT / block.page, "exec")  # with the lines of the page
     exec(program, {"__name__": "__main__"})  # noqa: S102 - our own page
 
 
@@ -189,16 +194,18 @@ def test_sh_block_names_what_exists(block):
     expect_commands(block.code)
 
 
-def test_commands_in_the_text_exist():
-    text = FENCE.sub("", PAGE)
+@every_page
+def test_commands_in_the_text_exist(page):
+    text = FENCE.sub("", PAGES[page])
     for command in re.findall(r"`((?:make|pip|python -m) [^`]+)`", text):
         expect_commands(command)
 
 
-def test_files_that_the_page_links_exist():
-    targets = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", PAGE))
+@every_page
+def test_files_that_a_page_links_exist(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", PAGES[page]))
     local = [target for target in targets if not re.match(r"https?:", target)]
-    assert [target for target in local if not (ROOT / target).is_file()] == []
+    assert [target for target in local if not (ROOT / page).parent.joinpath(target).is_file()] == []
 
 
 def test_page_shows_each_way_of_use():
@@ -209,14 +216,14 @@ def test_page_shows_each_way_of_use():
 # The tester, tested.
 
 
-def page(language, code):
+def page_of(language, code):
     return f"```{language}\n{code}\n```\n"
 
 
 @pytest.mark.parametrize("language", ["", "rust", "Python", "console", "python title=x", "c "])
 def test_reader_refuses_unknown_languages(language):
     with pytest.raises(ValueError, match="a block is one of"):
-        read_blocks(page(language, "x"))
+        read_blocks(page_of(language, "x"))
 
 
 @pytest.mark.parametrize(
@@ -229,12 +236,21 @@ def test_reader_refuses_fences_that_it_would_overlook(text):
 
 
 def test_reader_finds_blocks_and_their_lines():
-    text = "words\n\n" + page("python", "a = 1") + "  - in a list:\n\n    ```c\n    int x;\n    ```\n" + page("sh", "")
-    assert read_blocks(text) == [("python", "a = 1\n", 4), ("c", "int x;\n", 9), ("sh", "\n", 12)]
+    text = (
+        "words\n\n"
+        + page_of("python", "a = 1")
+        + "  - in a list:\n\n    ```c\n    int x;\n    ```\n"
+        + page_of("sh", "")
+    )
+    assert [block[:3] for block in read_blocks(text)] == [
+        ("python", "a = 1\n", 4),
+        ("c", "int x;\n", 9),
+        ("sh", "\n", 12),
+    ]
 
 
 def test_python_block_that_fails_shows_its_line():
-    (block,) = read_blocks("one\ntwo\n" + page("python", "x = 1\nassert x == 2"))
+    (block,) = read_blocks("one\ntwo\n" + page_of("python", "x = 1\nassert x == 2"))
     with pytest.raises(AssertionError) as caught:
         run_python(block)
     assert (caught.traceback[-1].path.name, caught.traceback[-1].lineno + 1) == ("README.md", 5)
@@ -287,7 +303,7 @@ def test_commands_that_do_not_exist_are_refused(line):
 
 
 def test_tables_are_those_of_the_results():
-    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", PAGE)
+    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", PAGES["README.md"])
     assert tables
     for source, table in tables:
         assert table in (ROOT / source).read_text(encoding="utf-8"), f"the table from {source} is out of date"
