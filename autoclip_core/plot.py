@@ -80,14 +80,16 @@ def plot_distribution(history: NormHistory | ArrayLike, percentile: float = 10.0
     axes = _axes(axes)
     edges = np.geomspace(norms[0], norms[-1], 61) if norms[-1] > norms[0] else np.array([0.9, 1.1]) * norms[0]
     _, _, bars = axes.hist(norms, edges, color=_NORM, label="norms")
-    for bar in bars:
-        if bar.get_x() >= threshold:
-            bar.set(facecolor=_CLIPPED, hatch="//", edgecolor="white", linewidth=0)
+    above = [bar for bar in bars if bar.get_x() >= threshold]
+    for bar in above:
+        bar.set(facecolor=_CLIPPED, hatch="//", edgecolor="white", linewidth=0)
+    if above:
+        above[0].set_label("norms above it")
     axes.axvline(threshold, color=_THRESHOLD, label=f"percentile {percentile:g}: {threshold:.3g}")
     axes.set_xscale("log")
     axes.set_xlabel("gradient norm")
     axes.set_ylabel("steps")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none")
     return axes
 
 

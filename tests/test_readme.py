@@ -153,6 +153,12 @@ def expect_cmake(arguments):
         assert arguments[0] in {"--build", "--install"}
 
 
+def expect_autoclip(arguments):
+    source = (ROOT / "autoclip_core/__main__.py").read_text(encoding="utf-8")
+    for word in [arguments[0], *(argument for argument in arguments if argument.startswith("--"))]:
+        assert f'"{word}"' in source, f"autoclip knows no {word}"
+
+
 def expect_anything(arguments):
     pass
 
@@ -162,6 +168,7 @@ COMMANDS = {
     "pip": expect_pip,
     "python": expect_python,
     "python3": expect_python,
+    "autoclip": expect_autoclip,
     "cc": expect_cc,
     "cmake": expect_cmake,
     "git": expect_anything,
