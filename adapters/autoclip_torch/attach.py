@@ -55,8 +55,9 @@ def attach(
     optimizers (`fused=True`) scale the gradients themselves, in the pass that they make anyway.
 
     After a non-finite norm under "skip" the optimizer leaves the parameters and its own state as they were, and the
-    gradients are zeros. One exception: a deferred step of an optimizer that is not fused, or of several groups, cannot
-    be left out; there the gradients are zeros, and momentum and weight decay act.
+    gradients are zeros (a deferred step of a fused optimizer leaves them as well). One exception: a deferred step of an
+    optimizer that is not fused, or of several groups, cannot be left out; there the gradients are zeros, and momentum
+    and weight decay act.
 
     `optimizer.state_dict()` stays as it was: save the AutoClip's own state beside it.
 
@@ -131,7 +132,7 @@ class _Hooks:
         self._clip = clip
         self._needs_closure = _needs_closure(optimizer)
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._lent: list[tuple[str, Any]] = []
+        self._lent: list[tuple[str, Tensor, Any]] = []
         self._optimizer = optimizer
 
     def before_step(
@@ -172,7 +173,7 @@ class _Hooks:
         if isinstance(steps, dict) and is_dropped(steps):
             self._clip._apply(gradients, steps)
             self._hide_gradients()
-        elif steps and self._can_scale(gradients):
+        elif steps and self._can_scale(gradients) and not (isinstance(steps, DeviceStep) and self._lacks_momentum()):
             self._let_scale(steps, grad_scale, found_inf)
         elif steps:
             self._clip._apply(gradients, steps)
@@ -185,6 +186,15 @@ class _Hooks:
             and all(group.get("fused") for group in self._optimizer.param_groups)
             and gradients.count == 1
             and gradients.plain
+        )
+
+    def _lacks_momentum(self) -> bool:
+        # In the first step of a fused SGD torch allocates the momentum before it leaves that step out: without values.
+        return isinstance(self._optimizer, torch.optim.SGD) and any(
+            group["momentum"] and self._optimizer.state.get(param, {}).get("momentum_buffer") is None
+            for group in self._optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None
         )
 
     def _let_scale(
@@ -202,7 +212,7 @@ class _Hooks:
         self._lend("grad_scale", 1.0 / scale if grad_scale is None else grad_scale / scale.to(grad_scale.device))
 
     def _lend(self, name: str, value: Tensor) -> None:
-        self._lent.append((name, getattr(self._optimizer, name, _ABSENT)))
+        self._lent.append((name, value, getattr(self._optimizer, name, _ABSENT)))
         setattr(self._optimizer, name, value)
 
     def _hide_gradients(self) -> None:
@@ -214,12 +224,15 @@ class _Hooks:
     def take_back(self) -> None:
         """Undo what was done to the optimizer for the time of its step."""
         for param, grad in self._hidden:
-            param.grad = grad
-        for name, value in self._lent:
-            if value is _ABSENT:
+            if param.grad is None:
+                param.grad = grad
+        for name, lent, before in self._lent:
+            if getattr(self._optimizer, name, None) is not lent:
+                continue
+            if before is _ABSENT:
                 delattr(self._optimizer, name)
             else:
-                setattr(self._optimizer, name, value)
+                setattr(self._optimizer, name, before)
         self._hidden, self._lent = [], []
 
 

@@ -252,6 +252,7 @@ class AutoClip:
         ['format', 'groups', 'scope']
         """
         # Bytes and not tensors, which torch.distributed.checkpoint can only load into tensors of their final size.
+        self._refresh()
         groups = {name: clip.state_dict() for name, clip in self._settled().items()}
         return {"format": _STATE_FORMAT, "scope": self._groups.scope, "groups": groups}
 
@@ -279,6 +280,7 @@ class AutoClip:
                 f"The state has scope={state.get('scope')!r}, but this AutoClip has scope={self._groups.scope!r}; "
                 "construct it with the scope of the run that is resumed."
             )
+        self._refresh()
         clips = self._settled()
         for lacking, what in ((clips.keys() - groups.keys(), "lacks"), (groups.keys() - clips.keys(), "has besides")):
             if lacking:
@@ -330,14 +332,18 @@ class AutoClip:
             raise AutoClipError(f"With scope={self._groups.scope!r} each group has its own {what}; see `histories`.")
         return self._settled()["global"]
 
-    # One step: gradients, decide, apply, leave. An attached optimizer may apply the decision by itself (attach.py).
-
-    def _gradients(self) -> Gradients:
-        """Return the gradients as they are now."""
+    def _refresh(self) -> None:
+        """See which parameters an optimizer has now, and give new groups a history."""
         if self._groups.refresh():
             clips = self._settled()
             self._clips = {name: clips.get(name) or self._make_clip() for name in self._groups.by_name}
             self._deferred = None
+
+    # One step: gradients, decide, apply, leave. An attached optimizer may apply the decision by itself (attach.py).
+
+    def _gradients(self) -> Gradients:
+        """Return the gradients as they are now."""
+        self._refresh()
         gradients = Gradients(list(self._groups.by_name.values()), self._process_group)
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
@@ -363,7 +369,12 @@ class AutoClip:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         deferred = self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF)
-        norms = gradients.norms()  # before anything that may differ between ranks
+        # Before anything that may differ between ranks. A norm that is not unscaled yet may be beyond float32.
+        norms = (
+            gradients.norms()
+            if grad_scale is None or gradients.device.type == "mps"
+            else gradients.norms(torch.float64)
+        )
         if not deferred and found_inf is not None and found_inf.item():
             return {}
         if grad_scale is not None:
@@ -371,6 +382,7 @@ class AutoClip:
         left = self._left if self._left is not None and self._left.is_untouched(gradients) else None
         if deferred:
             return self._decide_on_device(gradients, norms, left, found_inf)
+        self._settled()  # a model may have left its device
         found = _found(norms.tolist())
         if left is not None and left.has_norms(found):
             clips = list(self._clips.values())
@@ -380,19 +392,20 @@ class AutoClip:
     def _decide_on_device(
         self, gradients: Gradients, norms: Tensor, left: _Left | None, found_inf: Tensor | None
     ) -> DeviceStep:
-        if self._deferred is None:
+        if self._deferred is None or self._deferred.device != gradients.device:
+            self._settled()
             if gradients.device.type == "mps":
                 raise AutoClipValueError(
                     'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
                 )
             self._deferred = Deferred(list(self._clips.values()), gradients.device, self._options, self._receive)
-        norms = norms.double()
+        measured = norms = norms.double()
         # What is not seen is handed on as a negative norm.
         if left is not None:
             norms = torch.where(left.has_norms_on_device(norms), -1.0, norms)
         if found_inf is not None:
             norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
-        return self._deferred.observe(norms, self._percentile)
+        return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
@@ -461,10 +474,14 @@ class _Left:
         self._version = gradients.first._version if gradients.first is not None else 0
         self._norms: Any
         if isinstance(steps, DeviceStep):
-            self._norms = steps.norm * steps.scale
+            self._norms = torch.where((steps.scale > 0.0).all(), steps.norm * steps.scale, 0.0)
+        elif is_dropped(steps):
+            self._norms = dict.fromkeys(steps, 0.0)
         else:
             self._norms = {index: step.norm * step.scale for index, step in steps.items()}
-        self._tolerance = max(1e-5, 4 * torch.finfo(gradients.dtype).eps)
+        # The scale rounds each element by half a unit.
+        dtype = gradients.first.dtype if gradients.first is not None else torch.float32
+        self._tolerance = max(1e-5, torch.finfo(dtype).eps / 2)
 
     def touch(self) -> None:
         """Take the optimizer's own writes for ours: fused ones write the gradients they have scaled."""
@@ -487,5 +504,5 @@ class _Left:
 
     def has_norms_on_device(self, norms: Tensor) -> Tensor:
         """Return the same as a tensor, shape ()."""
-        same: Tensor = ((norms - self._norms).abs() <= self._tolerance * norms.abs()).all()
+        same: Tensor = ((norms - self._norms.to(norms.device)).abs() <= self._tolerance * norms.abs()).all()
         return same

@@ -80,7 +80,7 @@ class Deferred:
         report: Callable[[list[float], float], None],
     ) -> None:
         self._clips = list(clips)
-        self._device = device
+        self.device = device
         cap = inf if options["max_threshold"] is None else options["max_threshold"]
         self._options = {"warmup": options["warmup"], "nonfinite": options["nonfinite"], "max_threshold": cap}
         self._report = report
@@ -101,7 +101,7 @@ class Deferred:
             self._receive_oldest()
         latest = Pending(norms, percentile)
         rows = [arrays.deferred_table(clip, len(self._pending) + 1, percentile) for clip in self._clips]
-        table = to_device(rows, self._device, torch.float64)
+        table = to_device(rows, self.device, torch.float64)
         self._pending.append(latest)
         pending = torch.stack([step.norms for step in self._pending], -1)
         threshold, recorded_steps = arrays.deferred_threshold(torch, table, pending, percentile, self._window)

@@ -39,7 +39,6 @@ class Gradients:
     count: int  # of the groups
     first: Tensor | None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # of the first gradient: there are the norms
-    dtype: torch.dtype  # of the first parameter
     plain: bool  # whether there are no DTensors
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], process_group: ProcessGroup | None = None) -> None:
@@ -50,7 +49,7 @@ class Gradients:
         self._lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         self.first = None
         param = next((param for params in groups for param in params), torch.empty(0))
-        self.device, self.dtype = param.device, param.dtype
+        self.device = param.device
         # There are no DTensors before somebody has imported their module, which takes a second.
         module = sys.modules.get("torch.distributed.tensor")
         self._dtensor = module.DTensor if module is not None else ()
@@ -94,15 +93,18 @@ class Gradients:
         """The groups that have gradients on this rank; a single group even if it has none."""
         return {0} if self.count == 1 else {index for _, indices in self._lists.values() for index in indices}
 
-    def norms(self) -> Tensor:
+    def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
         Without gradients on any rank a group has a negative norm, and a single group has the norm 0. Elements above
         about 1e19 overflow in float32 and make the norm infinite, as in torch itself.
+
+        Args:
+            least: the dtype in which norms accumulate at least.
         """
         if len(self._lists) == 1 and not self.is_shared:
             ((tensors, indices),) = self._lists.values()
-            norms = _norms_of_groups(tensors, indices)
+            norms = _norms_of_groups(tensors, indices, least)
             return norms if len(norms) == self.count else self._spread(norms, indices, -1.0)
         # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
         # exact in float64, and cannot overflow.
@@ -110,7 +112,7 @@ class Gradients:
         nothing = torch.zeros((2, self.count), dtype=wide, device=self.device)
         sums = dict.fromkeys([(), *self._shards_of.values()], nothing)
         for (_, _, shards), (tensors, indices) in self._lists.items():
-            squares = _norms_of_groups(tensors, indices).to(self.device, wide).square()
+            squares = _norms_of_groups(tensors, indices, least).to(self.device, wide).square()
             found = torch.stack([squares, torch.ones_like(squares)])
             if len(squares) < self.count:
                 found = self._spread(found, indices, 0.0)
@@ -183,8 +185,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    wide = _wide(tensors[0].dtype)
+def _norms(tensors: list[Tensor], least: torch.dtype) -> list[Tensor]:
+    wide = torch.promote_types(tensors[0].dtype, least)
     norms: dict[int, Tensor] = {}
     if tensors[0].device.type == "cpu" and tensors[0].dtype == wide:
         # There the BLAS takes half the time of torch's norm of large tensors, and errs by 1e-7 where that errs by 1e-5.
@@ -198,8 +200,8 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return [norms[at] for at in range(len(tensors))]
 
 
-def _norms_of_groups(tensors: list[Tensor], indices: list[int]) -> Tensor:
-    norms = torch.stack(_norms(tensors))
+def _norms_of_groups(tensors: list[Tensor], indices: list[int], least: torch.dtype) -> Tensor:
+    norms = torch.stack(_norms(tensors, least))
     sizes = [len(list(same)) for _, same in groupby(indices)]
     if len(sizes) == 1:
         norm: Tensor = torch.linalg.vector_norm(norms)

@@ -45,6 +45,7 @@ class Groups:
         self._optimizer = source if isinstance(source, Optimizer) else None
         named = _named_tensors(source) if self._optimizer is None else []
         self._params = [param for _, param in named]
+        self._listed: list[Tensor] = []  # as the optimizer has them
         self.by_name = self._grouped([name for name, _ in named])
         self.refresh()
         if not self._params:
@@ -62,14 +63,17 @@ class Groups:
         if self._optimizer is None:
             return False
         groups = self._optimizer.param_groups
-        params = [param for group in groups for param in group["params"]]
-        if len(params) == len(self._params) and all(map(is_, params, self._params)):
+        listed = [param for group in groups for param in group["params"]]
+        if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return False
-        self._params = params
+        self._listed = listed
+        names = [name for index, group in enumerate(groups) for name in _names(index, group)]
+        named = dict(zip(reversed(listed), reversed(names), strict=True))  # the first name of a tensor listed twice
+        self._params = list(dict.fromkeys(listed))
         self.by_name = (
-            {str(index): group["params"] for index, group in enumerate(groups)}
+            {str(index): list(dict.fromkeys(group["params"])) for index, group in enumerate(groups)}
             if self.scope == "group"
-            else self._grouped([name for index, group in enumerate(groups) for name in _names(index, group)])
+            else self._grouped([named[param] for param in self._params])
         )
         return True
 

@@ -888,3 +888,122 @@ def test_repr_tells_the_state():
     text = repr(AutoClip(model, 12.5))
     assert "4 parameters" in text
     assert "percentile=12.5" in text
+
+
+# What once went wrong
+
+
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+def test_first_step_of_a_fused_sgd_may_be_dropped(mode):
+    garbage = [torch.full((64,), 7.0) for _ in range(100)]
+    del garbage
+    weight = nn.Parameter(torch.zeros(64))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, fused=True)
+    attach(optimizer, 100.0, mode=mode)
+    for value in (nan, 1.0):
+        weight.grad = torch.full((64,), value)
+        optimizer.step()
+    assert torch.equal(weight, torch.full((64,), -1.0))
+
+
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_norms_of_scaled_gradients_may_be_beyond_float32(mode):
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+    clip = attach(optimizer, mode=mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**66)
+    for _ in range(3):
+        weight.grad = scaler.scale(torch.ones(4))
+        scaler.step(optimizer)
+        scaler.update()
+    assert clip.history.values().tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("scope", ["global", "group", "parameter", lambda name: "all"])
+def test_tied_weights_count_once(scope):
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight, weight], lr=0.1)
+    clip = AutoClip(optimizer, 0.0, scope=scope)
+    for norm in (1.0, 4.0):
+        weight.grad = torch.tensor([norm])
+        clip.step()
+    assert weight.grad.item() == 1.0
+    [history] = clip.histories.values()
+    assert history.values().tolist() == [1.0, 4.0]
+
+
+def test_state_of_a_group_added_later_is_saved_and_loaded():
+    def start():
+        model = make_model()
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        clip = attach(optimizer, scope="group")
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+        return model, optimizer, clip
+
+    model, optimizer, clip = start()
+    assert clip.state_dict()["groups"].keys() == {"0", "1"}
+    backward(model, 0)
+    optimizer.step()
+    _, _, other = start()
+    other.load_state_dict(clip.state_dict())
+    assert other.state_dict() == clip.state_dict()
+
+
+def test_frozen_integers_may_come_first():
+    model = nn.Module()
+    model.frozen = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    model.weight = nn.Parameter(torch.zeros(3))
+    model.weight.grad = torch.ones(3)
+    assert AutoClip(model).step().recorded
+
+
+def test_new_half_gradients_of_about_the_same_norm_are_recorded():
+    weight = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
+    weight.grad = torch.ones(8, dtype=torch.bfloat16)
+    clip = AutoClip([weight], 100.0)
+    for number in range(20):
+        weight.grad.data.fill_(1.0 + number % 5 / 100.0)  # behind the back of autograd, as a CUDA graph does
+        clip.step()
+    assert len(clip.history) >= 16  # a bfloat16 cannot tell all of them apart
+
+
+def test_deferred_step_on_the_same_gradients_is_never_recorded():
+    weight = nn.Parameter(torch.zeros(1))
+    clip = AutoClip([weight], 0.0, mode="deferred")
+    for norm in (1.0, 4.0):
+        weight.grad = torch.tensor([norm])
+        clip.step()
+    assert [clip.step().norm.item() for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert clip.history.values().tolist() == [1.0, 4.0]
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_dropped_gradients_are_not_counted_again(mode):
+    weight = nn.Parameter(torch.zeros(2))
+    clip = AutoClip([weight], mode=mode)
+    weight.grad = torch.tensor([nan, 1.0])
+    clip.step()
+    clip.step()
+    assert (clip.steps, clip.nonfinite_steps) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+def test_gradient_after_a_dropped_step_that_failed_is_kept():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clip = attach(optimizer)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(fail)
+    weight.grad = torch.tensor([nan])
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    weight.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert (weight.item(), clip.history.values().tolist()) == (-2.0, [2.0])
