@@ -33,6 +33,7 @@ _XP = SimpleNamespace(
     isfinite=tf.math.is_finite,
     maximum=tf.maximum,
     minimum=tf.minimum,
+    take=tf.gather,
     where=tf.where,
 )
 
@@ -101,6 +102,11 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
             )
             for key, (shape, dtype, value) in initial_state(self._options).items()
         }
+
+    @property
+    def history(self) -> NormHistory | None:
+        """The history that was given, None where variables keep the norms."""
+        return self._options.history
 
     def __call__(self, grads: Any) -> Any:
         """Take a step: remember the norm of the gradients, and return them clipped.

@@ -60,12 +60,17 @@ def observe(
     history: NormHistory, step: tf.Tensor, previous: tf.Tensor, norm: tf.Tensor, percentile: float
 ) -> tf.Tensor:
     """Take step `step` of a history, which came after the norm `previous`; return the percentile, float32."""
-    history_id = tf.constant(history.shared_id, tf.int64)
-    return _observe(history_id, step, previous, norm, tf.constant(percentile, tf.float64))
+    inputs = [
+        tf.constant(history.shared_id, tf.int64),
+        *(tf.convert_to_tensor(value) for value in (step, previous, norm)),
+        tf.constant(percentile, tf.float64),
+    ]
+    return _observe_eagerly(inputs) if tf.executing_eagerly() else _observe(inputs)
 
 
-@tf.function(autograph=False)
-def _observe(*inputs: tf.Tensor) -> tf.Tensor:
+def _observe(inputs: list[tf.Tensor]) -> tf.Tensor:
     # An op without a generated Python function is made by its name, and only graphs do that.
-    graph = tf.compat.v1.get_default_graph()
-    return graph.create_op("AutoClipObserve", list(inputs), name=_NODE).outputs[0]
+    return tf.compat.v1.get_default_graph().create_op("AutoClipObserve", inputs, name=_NODE).outputs[0]
+
+
+_observe_eagerly = tf.function(_observe, autograph=False)

@@ -41,6 +41,7 @@ _XP = SimpleNamespace(
     isfinite=ops.isfinite,
     maximum=ops.maximum,
     minimum=ops.minimum,
+    take=ops.take,
     where=ops.where,
 )
 
@@ -243,7 +244,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
             )
         at = next(i for i, variable in enumerate(self.variables) if variable is self._state["ring"])
-        window, saved_window = len(self._state["ring"]), len(np.atleast_1d(state.get(str(at), 0)))
+        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at)))
         if len(state) == len(self.variables) and window != saved_window:
             raise StateError(
                 f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it with "

@@ -126,7 +126,7 @@ def take_step(
             xp, state["ascending"], state["ring"], state["recorded_steps"], remembered, options.percentile
         )
     else:
-        percentile = observe_history(state["recorded_steps"], state["ring"][0], remembered)
+        percentile = observe_history(state["recorded_steps"], xp.take(state["ring"], 0), remembered)
         new["ring"] = xp.where(remembered < inf, remembered, state["ring"])
     threshold, scale, clipped = arrays.decide(
         xp,
