@@ -3,8 +3,8 @@
 What shaped this module, and must stay true:
 
 - Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
-- All state is in variables made at construction: so `tf.function`, XLA and `tf.train.Checkpoint` work with nothing to do,
-  and so does tf.distribute where it is constructed under the strategy's scope.
+- All state is in variables made at construction: so `tf.function`, XLA and `tf.train.Checkpoint` work with nothing
+  to do, and so does tf.distribute where it is constructed under the strategy's scope.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
 
         scale = min(threshold / n(t), 1)
 
-    It works eagerly, in `tf.function` and with `jit_compile=True`. Construct it once, under the scope of the strategy if
-    there is one, and call it in the replica context with the gradients of the replica, as the optimizer takes them: the
-    norm is that of their sum over the replicas. `tf.train.Checkpoint(clip=clip)` saves all of it.
+    It works eagerly, in `tf.function` and with `jit_compile=True`. Construct it once, under the scope of the strategy
+    if there is one, and call it in the replica context with the gradients of the replica, as the optimizer takes them:
+    the norm is that of their sum over the replicas. `tf.train.Checkpoint(clip=clip)` saves all of it.
 
     Args:
         percentile: from 0 (clip to the smallest norm seen) to 100 (never clip).
@@ -112,7 +112,8 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         """Take a step: remember the norm of the gradients, and return them clipped.
 
         Args:
-            grads: the gradients of all parameters, in any structure that tf.nest knows: tensors, IndexedSlices, or None.
+            grads: the gradients of all parameters, in any structure that tf.nest knows: tensors, IndexedSlices, or
+                None.
 
         Returns:
             The same structure, in which None stays None.
@@ -125,9 +126,11 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         return tf.nest.map_structure(lambda grad: scaled(grad, state["clip_scale"]), grads)
 
     def metrics(self) -> dict[str, tf.Tensor]:
-        """Return `grad_norm` (before clipping), `clip_threshold`, `clip_scale` and `clipped` of the last step, and counts.
+        """Return what was measured at the last step, and counts.
 
-        The counts are `steps`, `clipped_steps` and `nonfinite_steps`. All are scalar tensors.
+        Returns:
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
 
         >>> clip = AutoClip()
         >>> _ = clip([tf.constant([3.0, 4.0])])

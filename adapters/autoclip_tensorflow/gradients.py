@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def global_norm(grads: Sequence[Any]) -> tf.Tensor:
-    """Return the L2 norm of all gradients together, float32; under tf.distribute that of their sum over the replicas."""
+    """Return the L2 norm of all gradients together, float32; under tf.distribute that of their sums over replicas."""
     grads = [grad for grad in grads if grad is not None]
     replica = tf.distribute.get_replica_context()
     if grads and replica is not None and replica.num_replicas_in_sync > 1:

@@ -2,8 +2,8 @@
 
 What shaped this module:
 
-- The op lives in the core's own library, for there is one table per process. TensorFlow never loads that library, and it
-  is not linked to TensorFlow: it is told where TensorFlow's functions are, and registers its op through them.
+- The op lives in the core's own library, for there is one table per process. TensorFlow never loads that library,
+  and it is not linked to TensorFlow: it is told where TensorFlow's functions are, and registers its op through them.
 - The op is idempotent: replicas take a step side by side, and it enters the history once.
 """
 
@@ -36,13 +36,12 @@ def _obstacle() -> str:
     except (BackendError, OSError, AttributeError) as error:
         return str(error)
 
-    @_FIND
     def find(name: bytes) -> int | None:
         function = getattr(framework, name.decode(), None)
         return ctypes.cast(function, ctypes.c_void_p).value if function is not None else None
 
     register.restype = ctypes.c_char_p
-    missing: bytes | None = register(find)
+    missing: bytes | None = register(_FIND(find))
     return missing.decode() if missing is not None else ""
 
 
@@ -50,8 +49,8 @@ def check_history(history: NormHistory) -> None:
     """Raise BackendError, which says what serves instead, if graphs cannot reach this history."""
     if _obstacle():
         raise BackendError(
-            f"A history needs the compiled kernel, which cannot be registered with TensorFlow ({_obstacle()}); leave it "
-            "out, and variables keep the last `window` norms."
+            f"A history needs the compiled kernel, which cannot be registered with TensorFlow ({_obstacle()}); leave "
+            "it out, and variables keep the last `window` norms."
         )
     _ = history.shared_id  # not every backend has one
 

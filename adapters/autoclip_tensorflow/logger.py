@@ -13,8 +13,9 @@ from autoclip_tensorflow.optimizer import AutoClipOptimizer
 class AutoClipLogger(keras.callbacks.Callback):  # type: ignore[misc] # keras has no types
     """Add `grad_norm`, `clip_threshold`, `clip_scale` and `clipped` to the logs of every epoch.
 
-    The first three are those of the epoch's last step, `grad_norm` before clipping; `clipped` is the share of the epoch's
-    steps that were clipped. Put it before the callbacks that should see them, such as keras.callbacks.TensorBoard.
+    The first three are those of the epoch's last step, `grad_norm` before clipping; `clipped` is the share of the
+    epoch's steps that were clipped. Put it before the callbacks that should see them, such as
+    keras.callbacks.TensorBoard.
 
     Raises, when training begins:
         AutoClipValueError: the model was not compiled with an AutoClipOptimizer.

@@ -6,7 +6,8 @@ What shaped this module, and must stay true:
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
   schedule, its weight decay and the backend's fast path stay as they are. Nothing private of Keras is used.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
-- The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that counts.
+- The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
+  counts.
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
             takes 8 bytes per norm. At most 2**24.
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
-            the process may read it or push to it. On the TensorFlow backend, not with `jit_compile=True`. A `.keras` file
-            holds it, `tf.train.Checkpoint` does not.
+            the process may read it or push to it. On the TensorFlow backend, not with `jit_compile=True`. A `.keras`
+            file holds it, `tf.train.Checkpoint` does not.
         warmup: do not clip before this many norms have been remembered.
-        nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of the
-            inner optimizer still act. "pass": nothing.
+        nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of
+            the inner optimizer still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
-        gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one norm.
+        gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one
+            norm.
         name: the name of the optimizer.
 
     Raises:
@@ -101,9 +103,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         _check_inner(inner_optimizer)
         options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
         observe_history = _history_observer(options)
-        if gradient_accumulation_steps is not None and not (
-            isinstance(gradient_accumulation_steps, int) and gradient_accumulation_steps >= 2
-        ):
+        if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
             raise AutoClipValueError(
                 "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
                 f"{gradient_accumulation_steps!r} was given."
@@ -127,9 +127,11 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         return self._options.history
 
     def metrics(self) -> dict[str, Any]:
-        """Return `grad_norm` (before clipping), `clip_threshold`, `clip_scale` and `clipped` of the last step, and counts.
+        """Return what was measured at the last step, and counts.
 
-        The counts are `steps`, `clipped_steps` and `nonfinite_steps`. All are scalar tensors.
+        Returns:
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
         """
         return {key: ops.convert_to_tensor(self._state[key]) for key in METRICS}
 
@@ -139,6 +141,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
             accumulated = self.add_optimizer_variables(variables, "accumulated_gradient")
+            self._accumulated_for = list(variables)
             self._accumulated = {id(variable): total for variable, total in zip(variables, accumulated, strict=True)}
         super().build(variables)
 
@@ -156,7 +159,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
         if self._accumulation_steps and grads:
-            self._accumulate_and_apply(grads, trainable_variables or self._trainable_variables)
+            self._accumulate_and_apply(grads, trainable_variables or self._accumulated_for)
         else:
             self._clip_and_apply(grads, trainable_variables)
 
@@ -202,8 +205,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
     @property
     def variables(self) -> list[keras.Variable]:
         """The variables of both optimizers, this one's first."""
-        own: list[keras.Variable] = super().variables
-        return own + self.inner_optimizer.variables
+        return [*super().variables, *self.inner_optimizer.variables]
 
     @property
     def iterations(self) -> Any:
@@ -244,11 +246,11 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
             )
         at = next(i for i, variable in enumerate(self.variables) if variable is self._state["ring"])
-        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at)))
+        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at), 0))
         if len(state) == len(self.variables) and window != saved_window:
             raise StateError(
-                f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it with "
-                "the window of the run that is resumed."
+                f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it "
+                "with the window of the run that is resumed."
             )
         loaded = None if saved is None else NormHistory.from_bytes(np.asarray(saved, np.uint8).tobytes())
         super().load_own_variables(state)
@@ -267,7 +269,9 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> AutoClipOptimizer:
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> AutoClipOptimizer:
         """Make an optimizer from its configuration, its history being empty."""
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
         history = NormHistory() if config["history"] else None
@@ -280,7 +284,9 @@ def _check_inner(inner: Any) -> None:
             f"AutoClipOptimizer wraps a Keras optimizer, such as keras.optimizers.Adam(), but {inner!r} was given."
         )
     if isinstance(inner, AutoClipOptimizer):
-        raise AutoClipValueError("The optimizer is wrapped in an AutoClipOptimizer already; clipping twice is a mistake.")
+        raise AutoClipValueError(
+            "The optimizer is wrapped in an AutoClipOptimizer already; clipping twice is a mistake."
+        )
     if isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.loss_scale_factor is not None:
         raise AutoClipValueError(
             "AutoClipOptimizer needs unscaled gradients, so loss scaling goes around it: "
@@ -289,8 +295,8 @@ def _check_inner(inner: Any) -> None:
     for name in ("clipnorm", "global_clipnorm", "clipvalue"):
         if getattr(inner, name) is not None:
             raise AutoClipValueError(
-                f"The inner optimizer has {name}={getattr(inner, name)} and would clip again what AutoClip has clipped; "
-                "leave it out. An upper cap on the threshold is max_threshold."
+                f"The inner optimizer has {name}={getattr(inner, name)} and would clip again what AutoClip has "
+                "clipped; leave it out. An upper cap on the threshold is max_threshold."
             )
     if inner.gradient_accumulation_steps is not None:
         raise AutoClipValueError(
@@ -304,8 +310,8 @@ def _history_observer(options: Options) -> Callable[..., Any] | None:
         return None
     if keras.config.backend() != "tensorflow":
         raise BackendError(
-            f"history= serves on Keras's TensorFlow backend, and this is its {keras.config.backend()} backend; leave it "
-            "out, and variables keep the last `window` norms."
+            f"history= serves on Keras's TensorFlow backend, and this is its {keras.config.backend()} backend; leave "
+            "it out, and variables keep the last `window` norms."
         )
     from autoclip_tensorflow import kernel
 

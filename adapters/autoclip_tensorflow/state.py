@@ -1,7 +1,7 @@
 """What a clipping step reads and writes, over the arrays of any library: the part that TensorFlow and Keras share.
 
-The rule itself is the core's: `autoclip_core.arrays`, or the kernel. Here its results become the values of variables with
-fixed shapes, so that graphs, XLA, every checkpoint format and distribution work with nothing to do.
+The rule itself is the core's: `autoclip_core.arrays`, or the kernel. Here its results become the values of variables
+with fixed shapes, so that graphs, XLA, every checkpoint format and distribution work with nothing to do.
 """
 
 from __future__ import annotations

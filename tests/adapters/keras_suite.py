@@ -61,7 +61,7 @@ def fit(model, epochs=1, **options):
     return model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **options)
 
 
-def reference(epochs=1, accumulate=1, per_tensor=False, **options):
+def reference(epochs=1, *, accumulate=1, per_tensor=False, **options):
     """The same training in float64, by hand, with the core's AutoClip: the weights, and the last step."""
     clip = AutoClip(30.0, **options)
     kernel, bias = KERNEL.copy(), np.zeros(1)
@@ -115,8 +115,12 @@ def assert_same_state(one, other):
     [
         {},
         {"run_eagerly": True},
-        pytest.param({"jit_compile": True}, marks=pytest.mark.skipif(BACKEND == "torch", reason="that is torch.compile")),
-        pytest.param({"steps_per_execution": 5}, marks=pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it")),
+        pytest.param(
+            {"jit_compile": True}, marks=pytest.mark.skipif(BACKEND == "torch", reason="that is torch.compile")
+        ),
+        pytest.param(
+            {"steps_per_execution": 5}, marks=pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it")
+        ),
     ],
     ids=str,
 )
@@ -203,9 +207,7 @@ def test_averages_of_the_inner_optimizer_are_taken_over():
 def test_keras_file_resumes_to_the_bit(tmp_path):
     for inner in (keras.optimizers.Adam(RATE), keras.optimizers.SGD(RATE, momentum=0.9)):
         config = keras.optimizers.serialize(inner)
-        through, first = (
-            make_model(make_optimizer(keras.optimizers.deserialize(config), window=20)) for _ in range(2)
-        )
+        through, first = (make_model(make_optimizer(keras.optimizers.deserialize(config), window=20)) for _ in range(2))
         fit(through, epochs=2)
         fit(first)
         first.save(tmp_path / "model.keras")
@@ -478,7 +480,7 @@ def test_rows_named_twice_add_up(accumulate):
     ("inner", "error", "message"),
     [
         (lambda: "adam", AutoClipTypeError, "wraps a Keras optimizer, such as .* but 'adam' was given"),
-        (lambda: make_optimizer(), AutoClipValueError, "wrapped in an AutoClipOptimizer already"),
+        (make_optimizer, AutoClipValueError, "wrapped in an AutoClipOptimizer already"),
         (
             lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
             AutoClipValueError,

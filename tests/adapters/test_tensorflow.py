@@ -140,7 +140,7 @@ def test_clipping_is_of_the_global_norm():
     scale = 10 / np.sqrt(1 + 30**2 + 40**2)
     for before, after in zip(grads, clipped, strict=True):
         np.testing.assert_allclose(after, before * scale, rtol=1e-6)
-    # What every earlier TensorFlow version of AutoClip did: the first tensor is below the threshold, and stays as it is.
+    # What earlier TensorFlow versions of AutoClip did: the first tensor is below the threshold, and stays as it is.
     assert tf.clip_by_norm(grads[0], 10.0)[0] == 1.0
 
 
