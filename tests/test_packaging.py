@@ -21,7 +21,7 @@ import autoclip_core
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (ROOT / "csrc/include/autoclip.h").read_text(encoding="utf-8")
 EXAMPLES = ROOT / "csrc/examples"
-PACKAGES = [ROOT / "autoclip_core", ROOT / "adapters/autoclip_torch"]
+PACKAGES = [ROOT / "autoclip_core", *(ROOT / "adapters").glob("autoclip_*")]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")

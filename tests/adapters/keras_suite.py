@@ -539,3 +539,44 @@ optimizer.apply([keras.ops.ones((4,))], [keras.Variable([0.0] * 4)])
 print(float(optimizer.metrics()["grad_norm"]))
 """
     assert run_python(code) == "2.0\n"
+
+
+# Several devices.
+
+
+@on_tensorflow
+def test_replicas_take_the_steps_of_one_device(run_python):
+    code = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
+import keras, numpy as np, tensorflow as tf
+from autoclip_core import NormHistory
+from autoclip_tensorflow import AutoClipOptimizer
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategies = [tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.get_strategy()]
+random = np.random.default_rng(1)
+x = random.normal(size=(160, 4)) * random.lognormal(size=(160, 1))
+for tree in (False, True):
+    models = []
+    for strategy in strategies:
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+            model.set_weights([np.ones((4, 1)), np.zeros(1)])
+            options = {"history": NormHistory()} if tree else {}
+            model.compile(AutoClipOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), 30.0, **options), loss="mse")
+        batches = tf.data.Dataset.from_tensor_slices((x, x.sum(axis=1) + 1)).batch(8)
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+        model.fit(batches.with_options(options), epochs=2, verbose=0, shuffle=False)
+        models.append(model)
+    many, one = models
+    for a, b in zip(many.get_weights(), one.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    for name, value in one.optimizer.metrics().items():
+        np.testing.assert_allclose(many.optimizer.metrics()[name], value, rtol=1e-4)
+    assert int(one.optimizer.metrics()["steps"]) == 40
+    assert not tree or len(many.optimizer.history) == 40
+print("agreed")
+"""
+    assert run_python(code) == "agreed\n"
