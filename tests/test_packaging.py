@@ -21,7 +21,7 @@ import autoclip_core
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (ROOT / "csrc/include/autoclip.h").read_text(encoding="utf-8")
 EXAMPLES = ROOT / "csrc/examples"
-PACKAGES = [ROOT / folder for folder in ("autoclip_core", "adapters/autoclip_jax", "adapters/autoclip_torch")]
+PACKAGES = [ROOT / "autoclip_core", *sorted((ROOT / "adapters").glob("autoclip_*"))]
 XLA_DOORS = {"autoclip_xla_tree", "autoclip_xla_window"}
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
 
