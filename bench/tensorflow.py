@@ -31,10 +31,10 @@ from bench.common import (
 OPENING = """\
 What this isolates: what clipping adds to one training step of a small network that TensorFlow runs on the CPU as a
 graph. Every subject trains the same network on the same batches and differs in its clipping alone; the learning rate is
-next to nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses its
-oldest norm at every step, and new norms fall among the old ones. Subjects take turns in every round; a round is {steps:,}
-steps, and each number is the median of {rounds} rounds. "Ratio" and "more" are the medians of the ratios and differences
-to the constant threshold of the same round and the same kind of loop."""
+next to nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses
+its oldest norm at every step, and new norms fall among the old ones. Subjects take turns in every round; a round is
+{steps:,} steps, and each number is the median of {rounds} rounds. "Ratio" and "more" are the medians of the ratios and
+of the differences to the constant threshold of the same round and the same kind of loop."""
 
 CONSTANT = "constant threshold"
 KINDS = {

@@ -1,5 +1,6 @@
 """AutoClip for GradientTape loops takes every step as the core does: eagerly, in graphs, by XLA, and in the tree."""
 
+import doctest
 import json
 import os
 import re
@@ -379,6 +380,11 @@ for history in (None, NormHistory()):
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         AutoClip(**options)
+
+
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules["autoclip_tensorflow.clip"])
+    assert results.failed == 0 < results.attempted
 
 
 def test_package_has_the_names_it_lists():
