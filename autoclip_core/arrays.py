@@ -70,7 +70,7 @@ def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any)
     # Without the oldest all that follow it move down by one; then all above the norm move up by one.
     ascending = xp.where(ascending < oldest, ascending, xp.concat([ascending[1:], edge]))
     ascending = xp.maximum(xp.concat([-edge, ascending[:-1]]), xp.minimum(ascending, norm))
-    return ascending, xp.where((xp.arange(window) == place) & enters, norm, ring)
+    return ascending, xp.where(xp.arange(window) == xp.where(enters, place, window), norm, ring)
 
 
 def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:

@@ -29,17 +29,17 @@ from bench.common import (
 )
 
 OPENING = """\
-What this isolates: what clipping adds to one training step of a small network that TensorFlow runs on the CPU as a graph.
-Every subject trains the same network on the same batches and differs in its clipping alone; the learning rate is next to
-nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses its oldest
-norm at every step, and new norms fall among the old ones. Subjects take turns in every round; a round is {steps:,} steps,
-and each number is the median of {rounds} rounds. "Ratio" and "more" are the medians of the ratios and of the differences
-to the constant threshold of the same round and the same kind of loop."""
+What this isolates: what clipping adds to one training step of a small network that TensorFlow runs on the CPU as a
+graph. Every subject trains the same network on the same batches and differs in its clipping alone; the learning rate is
+next to nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses
+its oldest norm at every step, and new norms fall among the old ones. Subjects take turns in every round; a round is
+{steps:,} steps, and each number is the median of {rounds} rounds. "Ratio" and "more" are the medians of the ratios and
+of the differences to the constant threshold of the same round and the same kind of loop."""
 
 CONSTANT = "constant threshold"
 KINDS = {
     "step": "a `tf.function` step with `tf.GradientTape` and SGD with momentum, called from Python",
-    "fit": "a step inside Keras's `fit`, without callbacks; the constant threshold is the optimizer's `global_clipnorm`",
+    "fit": "a step inside Keras's `fit`, without callbacks; the constant threshold is `global_clipnorm`",
 }
 
 Norms = NDArray[np.float32]
@@ -65,7 +65,7 @@ SUBJECTS = [
     Subject("fit", "AutoClipOptimizer in the tree", 1_000_000, "tree", "ratio at most 1.10"),
 ]
 
-INPUTS, HIDDEN, BATCH = 128, 256, 256
+INPUTS, HIDDEN, BATCH = 128, 128, 128
 
 
 def make_model() -> keras.Model:

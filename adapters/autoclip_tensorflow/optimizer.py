@@ -4,7 +4,8 @@ What shaped this module, and must stay true:
 
 - Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
-  schedule, its weight decay and the backend's fast path stay as they are. Nothing private of Keras is used.
+  schedule, its weight decay and the backend's fast path stay as they are. Of the base class one private name is read,
+  `_trainable_variables`.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
 - The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
   counts.
@@ -72,7 +73,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             the inner optimizer still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
         gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one
-            norm.
+            norm; on one replica only, as in Keras itself.
         name: the name of the optimizer.
 
     Raises:
@@ -141,7 +142,6 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
             accumulated = self.add_optimizer_variables(variables, "accumulated_gradient")
-            self._accumulated_for = list(variables)
             self._accumulated = {id(variable): total for variable, total in zip(variables, accumulated, strict=True)}
         super().build(variables)
 
@@ -159,7 +159,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
         if self._accumulation_steps and grads:
-            self._accumulate_and_apply(grads, trainable_variables or self._accumulated_for)
+            self._accumulate_and_apply(grads, trainable_variables or self._trainable_variables)
         else:
             self._clip_and_apply(grads, trainable_variables)
 

@@ -1,6 +1,8 @@
 """AutoClipOptimizer on one Keras backend: test_keras.py runs this file once for each, in a process of its own."""
 
+import doctest
 import json
+import sys
 from functools import partial
 from math import inf, nan
 
@@ -26,12 +28,8 @@ RATE = 0.05
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of the TensorFlow backend")
 
-# What other libraries say to themselves while they are at work.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*np.object.*:FutureWarning"),
-]
+# Keras's variables do not know numpy's newest keyword.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 
 def make_data(batches=24, size=8):
@@ -524,6 +522,12 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         AutoClipOptimizer(keras.optimizers.SGD(), **options)
+
+
+@on_tensorflow
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules["autoclip_tensorflow.optimizer"])
+    assert results.failed == 0 < results.attempted
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="there it is needed")

@@ -1,9 +1,13 @@
 """AutoClip for GradientTape loops takes every step as the core does: eagerly, in graphs, by XLA, and in the tree."""
 
+import doctest
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import warnings
 from math import inf, nan
 from pathlib import Path
@@ -306,6 +310,57 @@ print("agreed")
     assert run_python(QUIETLY + code) == "agreed\n"
 
 
+def test_workers_see_the_norm_of_the_reduced_gradient(tmp_path):
+    code = """
+import json, os, sys, warnings
+import numpy as np, tensorflow as tf
+from autoclip_core import NormHistory
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+from autoclip_tensorflow import AutoClip
+norms = np.random.default_rng(0).lognormal(size=30).astype(np.float32)
+share = [3.0, -2.0][int(sys.argv[1])]
+for history in (None, NormHistory()):
+    with strategy.scope():
+        clip = AutoClip(history=history)
+
+    @tf.function
+    def step(norm):
+        def replica():
+            (grad,) = clip([norm[None] * share])
+            return tf.distribute.get_replica_context().all_reduce("SUM", grad)
+        return strategy.run(replica)
+
+    sums = [float(step(tf.constant(norm))[0]) for norm in norms]
+    assert history is None or len(history) == 30
+    print(json.dumps([sums, {name: float(value) for name, value in clip.metrics().items()}]))
+"""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{taken.getsockname()[1]}" for taken in (one, other)]
+    workers = []
+    for index in range(2):
+        config = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
+        command = [sys.executable, "-P", "-c", code, str(index)]
+        environment = os.environ | {"TF_CONFIG": config}
+        workers.append(
+            subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    alone = AutoClip()
+    norms = np.random.default_rng(0).lognormal(size=30).astype(np.float32)
+    expected = [float(alone([tf.constant([norm])])[0][0]) for norm in norms]
+    for line in outputs[0][0].splitlines()[-2:]:
+        sums, metrics = json.loads(line)
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+        for name, value in numbers(alone).items():
+            assert metrics[name] == pytest.approx(float(value), rel=1e-5)
+
+
 # Bad input.
 
 
@@ -325,6 +380,11 @@ print("agreed")
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         AutoClip(**options)
+
+
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules["autoclip_tensorflow.clip"])
+    assert results.failed == 0 < results.attempted
 
 
 def test_package_has_the_names_it_lists():
