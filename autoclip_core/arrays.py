@@ -65,12 +65,12 @@ def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any)
     window = ascending.shape[0]
     place = recorded_steps % window
     enters = norm < inf
-    oldest = xp.where(enters, ring[place], inf)
+    oldest = xp.where(enters, xp.take(ring, place), inf)
     edge = xp.full((1,), inf, dtype=ascending.dtype)
     # Without the oldest all that follow it move down by one; then all above the norm move up by one.
     ascending = xp.where(ascending < oldest, ascending, xp.concat([ascending[1:], edge]))
     ascending = xp.maximum(xp.concat([-edge, ascending[:-1]]), xp.minimum(ascending, norm))
-    return ascending, xp.where((xp.arange(window) == place) & enters, norm, ring)
+    return ascending, xp.where(xp.arange(window) == xp.where(enters, place, window), norm, ring)
 
 
 def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
@@ -86,8 +86,9 @@ def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
         percentile: from 0 to 100, a Python number or a scalar array.
     """
     rank, fraction, rest = _position(xp, xp.maximum(size - 1, 0), percentile)
-    low = ascending[rank]
-    high = ascending[xp.minimum(rank + 1, xp.maximum(size - 1, 0))]
+    # Not indexed with brackets: TensorFlow would compile a slice anew for each place.
+    low = xp.take(ascending, rank)
+    high = xp.take(ascending, xp.minimum(rank + 1, xp.maximum(size - 1, 0)))
     # The difference and the fraction have more digits than one float: each is a sum of two.
     difference = high - low
     lost = (high - difference) - low

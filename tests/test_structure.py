@@ -39,6 +39,15 @@ MAY_IMPORT = {
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
     "adapters/autoclip_jax/demo.py": "autoclip_jax jax numpy optax [sklearn]",
     "adapters/autoclip_jax/kernel.py": "autoclip_core jax numpy",
+    "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
+    "adapters/autoclip_tensorflow/clip.py": "[autoclip_core] autoclip_tensorflow tensorflow",
+    "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
+    "adapters/autoclip_tensorflow/dense.py": "keras",
+    "adapters/autoclip_tensorflow/gradients.py": "tensorflow",
+    "adapters/autoclip_tensorflow/kernel.py": "autoclip_core tensorflow",
+    "adapters/autoclip_tensorflow/logger.py": "autoclip_core autoclip_tensorflow keras",
+    "adapters/autoclip_tensorflow/optimizer.py": "autoclip_core autoclip_tensorflow keras numpy",
+    "adapters/autoclip_tensorflow/state.py": "autoclip_core",
     "adapters/autoclip_torch/__init__.py": "autoclip_core autoclip_torch",
     "adapters/autoclip_torch/attach.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/clip.py": "autoclip_core autoclip_torch torch",
@@ -57,7 +66,7 @@ PRIVATE = {f"autoclip_core/{name}.py" for name in ("_backend", "_native", "_numb
 # The modules of the core that adapters may use beside its names.
 PUBLIC_MODULES = {"arrays"}
 
-NEVER_AT_IMPORT = {"torch", "tensorflow", "jax", "numba", "matplotlib", "numpy", "tqdm"}
+NEVER_AT_IMPORT = {"torch", "tensorflow", "keras", "jax", "numba", "matplotlib", "numpy", "tqdm"}
 
 # C11 without a stream, and what the systems offer for threads and large pages.
 KERNEL_MAY_INCLUDE = {

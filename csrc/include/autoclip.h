@@ -242,7 +242,7 @@ autoclip_status autoclip_shared_check(uint64_t id, const char **reason);
  * that of the stored norms. From then on steps follow one another, each from the `previous` it names. A step taken again
  * with the same norm and percentile (one of the last 8 calls) gets its threshold again and is remembered once. The last
  * step taken again with another norm, from the same `previous`, is replaced (not in a window). All else is
- * AUTOCLIP_WRONG_STEP. O(log n). */
+ * AUTOCLIP_WRONG_STEP. autoclip_shared_clear forgets the steps too. O(log n). */
 autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double previous, double norm,
                                              double percentile, double *threshold);
 

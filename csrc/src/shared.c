@@ -126,6 +126,11 @@ static struct place *take_place(void) {
     return place_at(table.place_count++);
 }
 
+static void forget_steps(struct place *place) {
+    place->next_step = 0;
+    for (int i = 0; i < RECENT_STEPS; ++i) place->recent[i].number = UINT64_MAX;
+}
+
 /* Give a history, which the table then owns, an id. */
 static autoclip_status publish(autoclip_history *history, uint64_t *id) {
     lock_acquire(&table.lock);
@@ -138,8 +143,7 @@ static autoclip_status publish(autoclip_history *history, uint64_t *id) {
     }
     lock_acquire(&place->lock);
     place->history = history;
-    place->next_step = 0;
-    for (int i = 0; i < RECENT_STEPS; ++i) place->recent[i].number = UINT64_MAX;
+    forget_steps(place);
     *id = (uint64_t)place->generation << 32 | place->index;
     lock_release(&place->lock);
     return AUTOCLIP_OK;
@@ -273,7 +277,7 @@ autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double 
         return status;                                                                                                 \
     }
 
-DOOR(clear, (uint64_t id), autoclip_history_clear(history))
+DOOR(clear, (uint64_t id), autoclip_history_clear(history); forget_steps(place))
 DOOR(size, (uint64_t id, uint64_t *size), *size = autoclip_history_size(history))
 DOOR(window, (uint64_t id, uint64_t *window), *window = autoclip_history_window(history))
 DOOR(memory, (uint64_t id, uint64_t *bytes), *bytes = autoclip_history_memory(history))

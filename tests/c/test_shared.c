@@ -257,6 +257,21 @@ static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
     REQUIRE_OK(autoclip_shared_destroy(id));
 }
 
+static void test_clear_forgets_the_steps(void) {
+    uint64_t id = make(0);
+    double threshold = SENTINEL;
+    for (uint64_t step = 0; step < 3; step++) {
+        REQUIRE_OK(autoclip_shared_observe_step(id, step, (double)step, (double)step + 1, 50, &threshold));
+    }
+    REQUIRE_OK(autoclip_shared_clear(id));
+    const double norms[2] = {5, 7};
+    REQUIRE_OK(autoclip_shared_extend(id, norms, 2));
+    /* Neither the answer of before, nor a step that does not follow. */
+    REQUIRE_OK(autoclip_shared_observe_step(id, 2, 7, 3, 50, &threshold));
+    REQUIRE_SAME(5.0, threshold);
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
 static void test_first_step_needs_as_many_norms(void) {
     double threshold = SENTINEL;
     uint64_t id = make(0);
@@ -738,4 +753,5 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 TEST_MAIN(THREAD_TESTS MEMORY_TESTS TEST(test_shared_doors_do_what_their_namesakes_do),
           TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
           TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
-          TEST(test_unknown_ids_are_refused_by_every_door), TEST(test_ids_are_never_used_twice));
+          TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_door),
+          TEST(test_ids_are_never_used_twice));

@@ -1,0 +1,140 @@
+"""AutoClip for loops with tf.GradientTape.
+
+What shaped this module, and must stay true:
+
+- Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
+- All state is in variables made at construction: so `tf.function`, XLA and `tf.train.Checkpoint` work with nothing
+  to do, and so does tf.distribute where it is constructed under the strategy's scope.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import tensorflow as tf
+
+from autoclip_tensorflow import kernel
+from autoclip_tensorflow.gradients import global_norm, scaled
+from autoclip_tensorflow.state import DEFAULT_WINDOW, METRICS, check_options, initial_state, take_step
+
+if TYPE_CHECKING:
+    from autoclip_core import NormHistory
+
+# TensorFlow by the names that autoclip_core.arrays uses.
+_XP = SimpleNamespace(
+    arange=tf.range,
+    astype=tf.cast,
+    concat=partial(tf.concat, axis=0),
+    float32=tf.float32,
+    full=lambda shape, value, dtype: tf.constant(value, dtype, shape),
+    int32=tf.int32,
+    isfinite=tf.math.is_finite,
+    maximum=tf.maximum,
+    minimum=tf.minimum,
+    take=tf.gather,
+    where=tf.where,
+)
+
+
+class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
+    r"""Clip gradients to a percentile of the gradient norms seen so far.
+
+    At step t the global L2 norm n(t) of the gradients joins the history, the threshold is the p-th percentile of that
+    history, and the gradients are multiplied by
+
+        scale = min(threshold / n(t), 1)
+
+    It works eagerly, in `tf.function` and with `jit_compile=True`. Construct it once, under the scope of the strategy
+    if there is one, and call it in the replica context with the gradients of the replica, as the optimizer takes them:
+    the norm is that of their sum over the replicas. `tf.train.Checkpoint(clip=clip)` saves all of it.
+
+    Args:
+        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip).
+        window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
+            takes 8 bytes per norm. At most 2**24.
+        history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
+            the process may read it or push to it. Not with `jit_compile=True`. It is not in the variables: save
+            `history.to_bytes()` beside the checkpoint.
+        warmup: do not clip before this many norms have been remembered.
+        nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; the optimizer's momentum and
+            weight decay still act. "pass": nothing.
+        max_threshold: an upper cap on the threshold, in the unit of the norm.
+        name: the name of the module.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: an argument cannot be used.
+        BackendError: a history was given, and it or this TensorFlow cannot be reached by the kernel.
+
+    >>> clip = AutoClip(percentile=50.0)
+    >>> for size in (2.0, 8.0):
+    ...     grads = clip([tf.constant([0.0, size]), None])
+    >>> grads[0].numpy()
+    array([0., 5.], dtype=float32)
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        *,
+        window: int = DEFAULT_WINDOW,
+        history: NormHistory | None = None,
+        warmup: int = 0,
+        nonfinite: Literal["skip", "pass"] = "skip",
+        max_threshold: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self._options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
+        self._observe_history = None
+        if history is not None:
+            kernel.check_history(history)
+            self._observe_history = partial(kernel.observe, history, percentile=self._options.percentile)
+        self._state = {
+            key: tf.Variable(
+                tf.fill(shape, tf.constant(value, dtype)),
+                trainable=False,
+                name=key,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
+            for key, (shape, dtype, value) in initial_state(self._options).items()
+        }
+
+    @property
+    def history(self) -> NormHistory | None:
+        """The history that was given, None where variables keep the norms."""
+        return self._options.history
+
+    def __call__(self, grads: Any) -> Any:
+        """Take a step: remember the norm of the gradients, and return them clipped.
+
+        Args:
+            grads: the gradients of all parameters, in any structure that tf.nest knows: tensors, IndexedSlices, or
+                None.
+
+        Returns:
+            The same structure, in which None stays None.
+        """
+        norm = global_norm(tf.nest.flatten(grads))
+        state = {key: tf.convert_to_tensor(variable) for key, variable in self._state.items()}
+        state = take_step(_XP, self._options, state, norm, self._observe_history)
+        for key, value in state.items():
+            self._state[key].assign(value)
+        return tf.nest.map_structure(lambda grad: scaled(grad, state["clip_scale"]), grads)
+
+    def metrics(self) -> dict[str, tf.Tensor]:
+        """Return what was measured at the last step, and counts.
+
+        Returns:
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
+
+        >>> clip = AutoClip()
+        >>> _ = clip([tf.constant([3.0, 4.0])])
+        >>> float(clip.metrics()["grad_norm"])
+        5.0
+        """
+        return {key: tf.convert_to_tensor(self._state[key]) for key in METRICS}

@@ -1,0 +1,323 @@
+"""AutoClip as a Keras 3 optimizer that wraps another, on the TensorFlow, JAX and PyTorch backends.
+
+What shaped this module, and must stay true:
+
+- Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
+- `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
+  schedule, its weight decay and the backend's fast path stay as they are. Of the base class one private name is read,
+  `_trainable_variables`.
+- All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
+- The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
+  counts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+
+from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, NormHistory, StateError
+from autoclip_tensorflow.state import DEFAULT_WINDOW, METRICS, Options, check_options, initial_state, take_step
+
+if keras.config.backend() == "tensorflow":
+    from autoclip_tensorflow.gradients import global_norm, scaled
+else:
+    from autoclip_tensorflow.dense import global_norm, scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+# Keras by the names that autoclip_core.arrays uses.
+_XP = SimpleNamespace(
+    arange=ops.arange,
+    astype=ops.cast,
+    concat=ops.concatenate,
+    float32="float32",
+    full=ops.full,
+    int32="int32",
+    isfinite=ops.isfinite,
+    maximum=ops.maximum,
+    minimum=ops.minimum,
+    take=ops.take,
+    where=ops.where,
+)
+
+
+@keras.saving.register_keras_serializable("autoclip")
+class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # keras has no types
+    r"""Clip gradients to a percentile of the gradient norms seen so far, then let another optimizer apply them.
+
+    At step t the global L2 norm n(t) of the gradients joins the history, the threshold is the p-th percentile of that
+    history, and the gradients are multiplied by
+
+        scale = min(threshold / n(t), 1)
+
+    Compile the model with it; learning rate and schedule are those of the inner optimizer. Under a mixed_float16 policy
+    Keras puts its LossScaleOptimizer around it, so that it sees unscaled gradients of finite steps alone.
+
+    Args:
+        inner_optimizer: any Keras optimizer without a clipping, an accumulation or a loss scaling of its own.
+        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip).
+        window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
+            takes 8 bytes per norm. At most 2**24.
+        history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
+            the process may read it or push to it. On the TensorFlow backend, not with `jit_compile=True`. A `.keras`
+            file holds it, `tf.train.Checkpoint` does not.
+        warmup: do not clip before this many norms have been remembered.
+        nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of
+            the inner optimizer still act. "pass": nothing.
+        max_threshold: an upper cap on the threshold, in the unit of the norm.
+        gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one
+            norm; on one replica only, as in Keras itself.
+        name: the name of the optimizer.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: an argument cannot be used.
+        BackendError: a history was given, and it cannot be reached by the kernel.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(AutoClipOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
+    >>> model.optimizer.learning_rate.numpy()
+    np.float32(0.001)
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        percentile: float = 10.0,
+        *,
+        window: int = DEFAULT_WINDOW,
+        history: NormHistory | None = None,
+        warmup: int = 0,
+        nonfinite: Literal["skip", "pass"] = "skip",
+        max_threshold: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        _check_inner(inner_optimizer)
+        options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
+        observe_history = _history_observer(options)
+        if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
+            raise AutoClipValueError(
+                "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
+                f"{gradient_accumulation_steps!r} was given."
+            )
+        super().__init__(learning_rate=0.0, name=name)  # its own rate is never used
+        self.inner_optimizer = inner_optimizer
+        self._options = options
+        self._observe_history = observe_history
+        self._accumulation_steps = gradient_accumulation_steps
+        self._accumulated: dict[int, keras.Variable] = {}
+        self._state = {
+            key: self.add_variable(
+                shape, partial(_filled, value=value), dtype, aggregation="only_first_replica", name=key
+            )
+            for key, (shape, dtype, value) in initial_state(options).items()
+        }
+
+    @property
+    def history(self) -> NormHistory | None:
+        """The history that was given, None where variables keep the norms."""
+        return self._options.history
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what was measured at the last step, and counts.
+
+        Returns:
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
+        """
+        return {key: ops.convert_to_tensor(self._state[key]) for key in METRICS}
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Make the variables of both optimizers."""
+        self.inner_optimizer.build(variables)
+        if self._accumulation_steps:
+            self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
+            accumulated = self.add_optimizer_variables(variables, "accumulated_gradient")
+            self._accumulated = {id(variable): total for variable, total in zip(variables, accumulated, strict=True)}
+        super().build(variables)
+
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[keras.Variable] | None = None) -> None:
+        """Clip the gradients, and let the inner optimizer apply them.
+
+        Args:
+            grads: one per variable; None for a variable that has none.
+            trainable_variables: the variables; without them those that the optimizer was built with.
+        """
+        grads = list(grads)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                with keras.name_scope(self.name):
+                    self.build(trainable_variables)
+        if self._accumulation_steps and grads:
+            self._accumulate_and_apply(grads, trainable_variables or self._trainable_variables)
+        else:
+            self._clip_and_apply(grads, trainable_variables)
+
+    def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
+        norm = global_norm(grads)
+        state = {key: ops.convert_to_tensor(variable) for key, variable in self._state.items()}
+        state = take_step(_XP, self._options, state, norm, self._observe_history)
+        for key, value in state.items():
+            self._state[key].assign(value)
+        self.inner_optimizer.apply([scaled(grad, state["clip_scale"]) for grad in grads], variables)
+
+    def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
+        totals = [self._accumulated[id(variable)] for variable in variables]
+        sums = [
+            None if grad is None else ops.add(total, ops.convert_to_tensor(grad))
+            for total, grad in zip(totals, grads, strict=True)
+        ]
+        batches = ops.add(self._accumulated_batches, 1)
+        is_last = ops.equal(batches, self._accumulation_steps)
+        means = [None if total is None else ops.divide(total, self._accumulation_steps) for total in sums]
+        self._when(is_last, partial(self._clip_and_apply, means, variables), [*self.variables, *variables])
+        self._accumulated_batches.assign(ops.where(is_last, 0, batches))
+        for total, value in zip(totals, sums, strict=True):
+            if value is not None:
+                total.assign(ops.where(is_last, ops.zeros_like(value), value))
+
+    def _when(self, condition: Any, action: Callable[[], None], variables: list[keras.Variable]) -> None:
+        """Do it if the condition holds, all that it changes being variables."""
+        if keras.config.backend() != "jax":
+            ops.cond(condition, action, lambda: None)
+            return
+
+        # In JAX a branch has no effects, so it returns what the variables become.
+        def values_after() -> list[Any]:
+            with keras.StatelessScope(state_mapping=[(variable, variable.value) for variable in variables]) as scope:
+                action()
+            return [scope.get_current_value(variable) for variable in variables]
+
+        values = ops.cond(condition, values_after, lambda: [variable.value for variable in variables])
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables of both optimizers, this one's first."""
+        return [*super().variables, *self.inner_optimizer.variables]
+
+    @property
+    def iterations(self) -> Any:
+        """How many steps the inner optimizer has taken."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the inner optimizer."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
+        """Let the inner optimizer put its averages into the variables, if it keeps some."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the state of both optimizers, and the history."""
+        super().save_own_variables(store)
+        if self.history is not None:
+            store["history"] = np.frombuffer(self.history.to_bytes(), np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what `save_own_variables` wrote.
+
+        Raises:
+            StateError: the state has another window, or keeps its norms elsewhere.
+            SnapshotError: its history is damaged.
+        """
+        state = {key: store[key] for key in store.keys()}  # noqa: SIM118 - not a mapping
+        saved = state.pop("history", None)
+        if (saved is None) != (self.history is None):
+            here, there = ("variables", "a NormHistory") if self.history is None else ("a NormHistory", "variables")
+            raise StateError(
+                f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
+            )
+        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["ring"])
+        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at), 0))
+        if len(state) == len(self.variables) and window != saved_window:
+            raise StateError(
+                f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it "
+                "with the window of the run that is resumed."
+            )
+        loaded = None if saved is None else NormHistory.from_bytes(np.asarray(saved, np.uint8).tobytes())
+        super().load_own_variables(state)
+        if self.history is not None and loaded is not None:
+            self.history.clear()  # the same object: compiled steps know it by its id
+            self.history.extend(loaded.values())
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` takes; of a history only that there is one."""
+        return {
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            **self._options._asdict(),
+            "history": self.history is not None,
+            "gradient_accumulation_steps": self._accumulation_steps,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> AutoClipOptimizer:
+        """Make an optimizer from its configuration, its history being empty."""
+        inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
+        history = NormHistory() if config["history"] else None
+        return cls(**{**config, "inner_optimizer": inner, "history": history})
+
+
+def _check_inner(inner: Any) -> None:
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise AutoClipTypeError(
+            f"AutoClipOptimizer wraps a Keras optimizer, such as keras.optimizers.Adam(), but {inner!r} was given."
+        )
+    if isinstance(inner, AutoClipOptimizer):
+        raise AutoClipValueError(
+            "The optimizer is wrapped in an AutoClipOptimizer already; clipping twice is a mistake."
+        )
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.loss_scale_factor is not None:
+        raise AutoClipValueError(
+            "AutoClipOptimizer needs unscaled gradients, so loss scaling goes around it: "
+            "keras.optimizers.LossScaleOptimizer(AutoClipOptimizer(inner))."
+        )
+    for name in ("clipnorm", "global_clipnorm", "clipvalue"):
+        if getattr(inner, name) is not None:
+            raise AutoClipValueError(
+                f"The inner optimizer has {name}={getattr(inner, name)} and would clip again what AutoClip has "
+                "clipped; leave it out. An upper cap on the threshold is max_threshold."
+            )
+    if inner.gradient_accumulation_steps is not None:
+        raise AutoClipValueError(
+            "The inner optimizer accumulates gradients where AutoClip cannot see them; give "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps} to AutoClipOptimizer instead."
+        )
+
+
+def _history_observer(options: Options) -> Callable[..., Any] | None:
+    if options.history is None:
+        return None
+    if keras.config.backend() != "tensorflow":
+        raise BackendError(
+            f"history= serves on Keras's TensorFlow backend, and this is its {keras.config.backend()} backend; leave "
+            "it out, and variables keep the last `window` norms."
+        )
+    from autoclip_tensorflow import kernel
+
+    kernel.check_history(options.history)
+    return partial(kernel.observe, options.history, percentile=options.percentile)
+
+
+def _filled(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
+    return ops.full(shape, value, dtype)

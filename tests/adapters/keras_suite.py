@@ -1,0 +1,586 @@
+"""AutoClipOptimizer on one Keras backend: test_keras.py runs this file once for each, in a process of its own."""
+
+import doctest
+import json
+import sys
+from functools import partial
+from math import inf, nan
+
+import keras
+import numpy as np
+import pytest
+from autoclip_tensorflow import AutoClipLogger, AutoClipOptimizer
+from keras import ops
+
+from autoclip_core import (
+    AutoClip,
+    AutoClipTypeError,
+    AutoClipValueError,
+    BackendError,
+    NormHistory,
+    StateError,
+)
+
+from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
+
+BACKEND = keras.config.backend()
+RATE = 0.05
+
+on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of the TensorFlow backend")
+
+# Keras's variables do not know numpy's newest keyword.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+def make_data(batches=24, size=8):
+    """Batches whose gradients differ in size by orders of magnitude."""
+    random = np.random.default_rng(3)
+    x = random.normal(size=(batches, size, 4)) * random.lognormal(0, 1, (batches, 1, 1))
+    y = x @ random.normal(size=(4, 1)) + random.normal(size=(batches, size, 1))
+    return x.reshape(-1, 4).astype(np.float32), y.reshape(-1, 1).astype(np.float32)
+
+
+X, Y = make_data()
+KERNEL = np.linspace(-1, 1, 4).reshape(4, 1)
+
+
+def make_model(optimizer, **options):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.set_weights([KERNEL, np.zeros(1)])
+    model.compile(optimizer, loss="mse", **options)
+    return model
+
+
+def make_optimizer(inner=None, **options):
+    return AutoClipOptimizer(inner or keras.optimizers.SGD(RATE), 30.0, **options)
+
+
+def fit(model, epochs=1, **options):
+    return model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **options)
+
+
+def reference(epochs=1, *, accumulate=1, per_tensor=False, **options):
+    """The same training in float64, by hand, with the core's AutoClip: the weights, and the last step."""
+    clip = AutoClip(30.0, **options)
+    kernel, bias = KERNEL.copy(), np.zeros(1)
+    batches = list(zip(X.astype(float).reshape(-1, 8, 4), Y.astype(float).reshape(-1, 8, 1), strict=True)) * epochs
+    sums = [0.0, 0.0]
+    for number, (x, y) in enumerate(batches, start=1):
+        error = x @ kernel + bias - y
+        sums = [sums[0] + 2 * x.T @ error / 8, sums[1] + 2 * error.mean(0)]
+        if number % accumulate:
+            continue
+        grads = [total / accumulate for total in sums]
+        norms = [np.linalg.norm(grad) for grad in grads]
+        step = clip.observe(float(np.hypot(*norms)))
+        scales = [min(step.threshold / norm, 1) for norm in norms] if per_tensor else [step.scale] * 2
+        kernel, bias = kernel - RATE * scales[0] * grads[0], bias - RATE * scales[1] * grads[1]
+        sums = [0.0, 0.0]
+    return [kernel, bias], clip, step
+
+
+def assert_like_reference(model, expected, rtol=1e-4):
+    (kernel, bias), clip, step = expected
+    np.testing.assert_allclose(model.get_weights()[0], kernel, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(model.get_weights()[1], bias, rtol=rtol, atol=rtol)
+    metrics = numbers(model.optimizer)
+    assert metrics["grad_norm"] == pytest.approx(step.norm, rel=rtol)
+    assert metrics["clip_threshold"] == pytest.approx(step.threshold, rel=rtol)
+    assert metrics["clip_scale"] == pytest.approx(step.scale, rel=rtol)
+    assert metrics["clipped"] == step.clipped
+    assert (metrics["steps"], metrics["clipped_steps"]) == (clip.steps, clip.clipped_steps)
+
+
+def numbers(optimizer):
+    return {name: ops.convert_to_numpy(value).item() for name, value in optimizer.metrics().items()}
+
+
+def state_of(model):
+    values = [*model.weights, *model.optimizer.variables]
+    return [ops.convert_to_numpy(value) for value in values]
+
+
+def assert_same_state(one, other):
+    for a, b in zip(state_of(one), state_of(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"run_eagerly": True},
+        pytest.param(
+            {"jit_compile": True}, marks=pytest.mark.skipif(BACKEND == "torch", reason="that is torch.compile")
+        ),
+        pytest.param(
+            {"steps_per_execution": 5}, marks=pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it")
+        ),
+    ],
+    ids=str,
+)
+def test_fit_is_that_of_a_loop_by_hand(options):
+    model = make_model(make_optimizer(), **options)
+    fit(model, epochs=2)
+    assert_like_reference(model, reference(epochs=2))
+
+
+def test_clipping_is_not_per_tensor():
+    model = make_model(make_optimizer())
+    fit(model)
+    whole, per_tensor = reference()[0], reference(per_tensor=True)[0]
+    assert np.abs(whole[0] - per_tensor[0]).max() > 0.01
+    np.testing.assert_allclose(model.get_weights()[0], whole[0], rtol=1e-4, atol=1e-4)
+
+
+def test_train_on_batch_is_a_step():
+    model = make_model(make_optimizer(window=10))
+    for start in range(0, len(X), 8):
+        model.train_on_batch(X[start : start + 8], Y[start : start + 8])
+    assert_like_reference(model, reference(window=10))
+
+
+def test_options_are_those_of_the_core():
+    model = make_model(make_optimizer(warmup=5, max_threshold=3.0))
+    fit(model)
+    assert_like_reference(model, reference(warmup=5, max_threshold=3.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_accumulated_batches_are_one_step(options):
+    model = make_model(make_optimizer(gradient_accumulation_steps=4), **options)
+    fit(model, epochs=2)
+    assert_like_reference(model, reference(epochs=2, accumulate=4))
+    assert int(model.optimizer.iterations) == numbers(model.optimizer)["steps"] == 12
+
+
+def test_mixed_precision_lets_unscaled_finite_norms_in():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = make_model(make_optimizer())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    model.optimizer.initial_scale = 2.0**20
+    fit(model)
+    assert ops.convert_to_numpy(model.optimizer.dynamic_scale) < 2.0**20
+    metrics = numbers(model.optimizer.inner_optimizer)
+    assert 0 < metrics["steps"] < 24
+    assert metrics["nonfinite_steps"] == 0
+    assert 0.1 < metrics["grad_norm"] < 100
+
+
+def test_schedules_reach_the_inner_optimizer():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.1, 0.01])
+    model = make_model(make_optimizer(keras.optimizers.SGD(schedule)))
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
+    fit(model)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.01)
+    assert int(model.optimizer.iterations) == 24
+
+    model = make_model(make_optimizer(keras.optimizers.Adam(0.125)))
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9)
+    logs = fit(model, epochs=4, callbacks=[plateau]).history
+    assert float(model.optimizer.inner_optimizer.learning_rate) < 0.125
+    assert logs["learning_rate"][0] == 0.125
+    model.optimizer.learning_rate = 0.25
+    assert float(model.optimizer.inner_optimizer.learning_rate) == 0.25
+
+
+def test_averages_of_the_inner_optimizer_are_taken_over():
+    models = []
+    for wrap in (partial(AutoClipOptimizer, percentile=100.0), lambda inner: inner):
+        models.append(make_model(wrap(keras.optimizers.SGD(RATE, use_ema=True, weight_decay=0.01))))
+        fit(models[-1])
+    for mine, stock in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(mine, stock, rtol=1e-6)
+
+
+# What is saved.
+
+
+def test_keras_file_resumes_to_the_bit(tmp_path):
+    for inner in (keras.optimizers.Adam(RATE), keras.optimizers.SGD(RATE, momentum=0.9)):
+        config = keras.optimizers.serialize(inner)
+        through, first = (make_model(make_optimizer(keras.optimizers.deserialize(config), window=20)) for _ in range(2))
+        fit(through, epochs=2)
+        fit(first)
+        first.save(tmp_path / "model.keras")
+        resumed = keras.models.load_model(tmp_path / "model.keras")
+        assert_same_state(first, resumed)
+        fit(resumed)
+        assert_same_state(through, resumed)
+
+
+def test_accumulated_gradients_resume_in_the_middle(tmp_path):
+    through, first = (make_model(make_optimizer(gradient_accumulation_steps=5)) for _ in range(2))
+    fit(through, epochs=2)
+    fit(first)
+    first.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    fit(resumed)
+    assert_same_state(through, resumed)
+
+
+class Interruption(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_fit_goes_on(tmp_path):
+    through, interrupted, resumed = (make_model(make_optimizer(keras.optimizers.Adam(RATE))) for _ in range(3))
+    fit(through, epochs=3)
+    backup = partial(keras.callbacks.BackupAndRestore, tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, epochs=3, callbacks=[backup(), Interruption()])
+    fit(resumed, epochs=3, callbacks=[backup()])
+    assert_same_state(through, resumed)
+
+
+def test_model_checkpoint_holds_the_history(tmp_path):
+    model = make_model(make_optimizer())
+    fit(model, epochs=2, callbacks=[keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")])
+    assert_same_state(model, keras.models.load_model(tmp_path / "2.keras"))
+    assert numbers(keras.models.load_model(tmp_path / "1.keras").optimizer)["steps"] == 24
+
+
+def test_state_of_another_window_is_refused(tmp_path):
+    model = make_model(make_optimizer(window=20))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    config = keras.models.load_model(tmp_path / "model.keras").optimizer.get_config()
+    assert (config["window"], config["percentile"]) == (20, 30.0)
+    store = {}
+    model.optimizer.save_own_variables(store)
+    other = make_model(make_optimizer(window=30))
+    fit(other)
+    before = state_of(other)
+    with pytest.raises(StateError, match=r"window=20, but this AutoClipOptimizer has window=30"):
+        other.optimizer.load_own_variables(store)
+    with pytest.raises(StateError, match="keeps its norms in variables"):
+        other.optimizer.load_own_variables({**store, "history": np.zeros(3, np.uint8)})
+    for a, b in zip(before, state_of(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="window=20, but this AutoClipOptimizer has window=30"):
+        other.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_config_makes_an_equal_optimizer():
+    optimizer = make_optimizer(
+        keras.optimizers.Adam(0.1, beta_1=0.8),
+        window=7,
+        warmup=3,
+        nonfinite="pass",
+        max_threshold=2.0,
+        gradient_accumulation_steps=2,
+        name="clipper",
+    )
+    config = keras.optimizers.serialize(optimizer)
+    json.dumps(config)
+    assert keras.optimizers.serialize(keras.optimizers.deserialize(config)) == config
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports from torch with further packages only")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_model_is_exported_without_its_optimizer(tmp_path):
+    model = make_model(make_optimizer())
+    fit(model)
+    model.export(tmp_path / "exported", verbose=False)
+    import tensorflow as tf
+
+    served = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(served.serve(X[:3]), model.predict(X[:3], verbose=0), rtol=1e-5)
+
+
+@on_tensorflow
+def test_checkpoint_of_tensorflow_holds_all(tmp_path):
+    import tensorflow as tf
+
+    model, other = (make_model(make_optimizer(keras.optimizers.Adam(RATE))) for _ in range(2))
+    fit(model)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "checkpoint")
+    other.optimizer.build(other.trainable_variables)
+    tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path).assert_consumed()
+    assert_same_state(model, other)
+
+
+# The rule.
+
+
+def step_of(optimizer, variable):
+    """A function that applies one gradient of one number, compiled where the backend compiles."""
+    optimizer.build([variable])
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda grad: optimizer.apply([grad], [variable]))
+    if BACKEND == "jax":
+        import jax
+
+        compiled = jax.jit(optimizer.stateless_apply)
+
+        def step(grad):
+            values, state = compiled([v.value for v in optimizer.variables], [grad], [variable.value])
+            for v, value in zip([variable, *optimizer.variables], [*values, *state], strict=True):
+                v.assign(value)
+
+        return step
+    return lambda grad: optimizer.apply([grad], [variable])
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=str)
+def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):  # noqa: F811
+    special = [norm for norm in trace[9_000:12_000] if not 0 < norm < inf]
+    trace = [*trace[9_800:10_020], *special, *trace[12_000:12_050]]
+    assert any(not np.isfinite(norm) for norm in trace)
+    assert 0.0 in trace
+    clip = AutoClip(10.0, **options, nonfinite="pass")
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.0), 10.0, **options)
+    step = step_of(optimizer, keras.Variable([0.0]))
+    for norm in trace:
+        step(ops.convert_to_tensor([norm], "float32"))
+        expected = clip.observe(norm)
+        found = numbers(optimizer)
+        assert np.float32(found["clip_threshold"]) == pytest.approx(np.float32(expected.threshold), rel=2.0**-23)
+        assert found["clip_scale"] == pytest.approx(expected.scale if np.isfinite(norm) else 0.0, rel=3e-7)
+        np.testing.assert_equal(found["grad_norm"], abs(norm))
+    assert found["clipped_steps"] == pytest.approx(clip.clipped_steps, abs=5)
+    assert (found["steps"], found["nonfinite_steps"]) == (clip.steps, clip.nonfinite_steps)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("skip", 1.0), ("pass", nan)])
+def test_nonfinite_gradient_is_dropped_or_passed(policy, expected):
+    variable = keras.Variable([1.0])
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), nonfinite=policy)
+    for size in (nan, inf, 0.0):
+        optimizer.apply([ops.convert_to_tensor([size], "float32")], [variable])
+    np.testing.assert_equal(ops.convert_to_numpy(variable)[0], np.float32(expected if policy == "skip" else nan))
+    metrics = numbers(optimizer)
+    assert (metrics["steps"], metrics["nonfinite_steps"]) == (3, 2)
+    assert metrics["clip_threshold"] == inf
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+def test_variables_without_a_gradient_do_not_count():
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        variables = [keras.Variable([1.0, 1.0]), keras.Variable([5.0])]
+        optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.5), **options)
+        for _ in range(2):
+            optimizer.apply([ops.convert_to_tensor([3.0, 4.0]), None], variables)
+        assert numbers(optimizer)["grad_norm"] == 5.0
+        assert ops.convert_to_numpy(variables[1]) == 5.0
+
+
+# The log.
+
+
+def test_log_has_what_was_decided():
+    model = make_model(make_optimizer())
+    logs = fit(model, epochs=3, callbacks=[AutoClipLogger()]).history
+    for epochs in (1, 2, 3):
+        _, clip, step = reference(epochs)
+        assert logs["grad_norm"][epochs - 1] == pytest.approx(step.norm, rel=1e-3)
+        assert logs["clip_threshold"][epochs - 1] == pytest.approx(step.threshold, rel=1e-3)
+        assert logs["clip_scale"][epochs - 1] == pytest.approx(step.scale, rel=1e-3)
+        before = reference(epochs - 1)[1].clipped_steps if epochs > 1 else 0
+        assert logs["clipped"][epochs - 1] == (clip.clipped_steps - before) / 24
+
+
+def test_log_needs_an_autoclip_optimizer():
+    with pytest.raises(AutoClipValueError, match="compile the model with one, but its optimizer is SGD"):
+        fit(make_model("sgd"), callbacks=[AutoClipLogger()])
+
+
+@on_tensorflow
+def test_tensorboard_sees_the_log(tmp_path):
+    import tensorflow as tf
+
+    fit(make_model(make_optimizer()), callbacks=[AutoClipLogger(), keras.callbacks.TensorBoard(tmp_path)])
+    (file,) = (tmp_path / "train").glob("events*")
+    tags = set()
+    for record in tf.data.TFRecordDataset([str(file)]):
+        tags |= {value.tag for value in tf.compat.v1.Event.FromString(record.numpy()).summary.value}
+    assert {f"epoch_{name}" for name in ("grad_norm", "clip_threshold", "clip_scale", "clipped")} <= tags
+
+
+# The tree.
+
+
+@on_tensorflow
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 5}], ids=str)
+def test_history_remembers_every_norm(options):
+    history = NormHistory()
+    model = make_model(make_optimizer(history=history), **options)
+    fit(model, epochs=2)
+    assert_like_reference(model, reference(epochs=2))
+    np.testing.assert_allclose(history.values(), reference(epochs=2)[1].history.values(), rtol=1e-3)
+
+
+@on_tensorflow
+def test_history_is_in_the_keras_file(tmp_path):
+    histories = [NormHistory(), NormHistory()]
+    through, first = (make_model(make_optimizer(history=history)) for history in histories)
+    fit(through, epochs=2)
+    fit(first)
+    first.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    fit(resumed)
+    assert_same_state(through, resumed)
+    np.testing.assert_array_equal(resumed.optimizer.history.values(), histories[0].values())
+    # Into a model that is compiled and has run, too.
+    first.load_weights(tmp_path / "model.keras")
+    fit(first)
+    fit(first)
+    first.load_weights(tmp_path / "model.keras")
+    fit(first)
+    assert_same_state(through, first)
+
+
+@on_tensorflow
+def test_history_does_not_serve_with_jit_compile_and_the_error_says_what_does():
+    model = make_model(make_optimizer(history=NormHistory()), jit_compile=True)
+    with pytest.raises(Exception, match="history_does_not_serve_with_jit_compile_so_give_window_instead"):
+        fit(model)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it serves")
+def test_history_is_refused_where_it_cannot_serve():
+    with pytest.raises(BackendError, match=f"this is its {BACKEND} backend; leave it out"):
+        AutoClipOptimizer(keras.optimizers.SGD(), history=NormHistory())
+
+
+# Sparse gradients.
+
+
+@on_tensorflow
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_rows_named_twice_add_up(accumulate):
+    import tensorflow as tf
+
+    variable = keras.Variable(np.ones((5, 1), np.float32))
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), gradient_accumulation_steps=accumulate)
+    grad = tf.IndexedSlices(tf.constant([[1.0], [2.0], [4.0]]), tf.constant([3, 0, 3]), tf.constant([5, 1]))
+    for _ in range(accumulate or 1):
+        optimizer.apply([grad], [variable])
+    assert numbers(optimizer)["grad_norm"] == pytest.approx(np.hypot(5, 2))
+    np.testing.assert_allclose(ops.convert_to_numpy(variable)[:, 0], [-1, 1, 1, -4, 1])
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("inner", "error", "message"),
+    [
+        (lambda: "adam", AutoClipTypeError, "wraps a Keras optimizer, such as .* but 'adam' was given"),
+        (make_optimizer, AutoClipValueError, "wrapped in an AutoClipOptimizer already"),
+        (
+            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+            AutoClipValueError,
+            "loss scaling goes around it",
+        ),
+        (lambda: keras.optimizers.SGD(loss_scale_factor=2.0), AutoClipValueError, "loss scaling goes around it"),
+        (lambda: keras.optimizers.SGD(clipnorm=1.0), AutoClipValueError, "has clipnorm=1.0 and would clip again"),
+        (lambda: keras.optimizers.SGD(global_clipnorm=1.0), AutoClipValueError, "has global_clipnorm=1.0"),
+        (lambda: keras.optimizers.SGD(clipvalue=1.0), AutoClipValueError, "has clipvalue=1.0"),
+        (
+            lambda: keras.optimizers.SGD(gradient_accumulation_steps=4),
+            AutoClipValueError,
+            "give gradient_accumulation_steps=4 to AutoClipOptimizer instead",
+        ),
+    ],
+)
+def test_bad_inner_optimizers_are_refused(inner, error, message):
+    with pytest.raises(error, match=message):
+        AutoClipOptimizer(inner())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"percentile": 101}, AutoClipValueError, "percentile must be from 0 to 100, but 101"),
+        ({"percentile": "10"}, AutoClipTypeError, "percentile"),
+        ({"window": 0}, AutoClipValueError, "window"),
+        ({"window": None}, AutoClipValueError, "give history=NormHistory"),
+        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in variables"),
+        ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
+        ({"nonfinite": "drop"}, AutoClipValueError, "nonfinite must be"),
+        ({"warmup": -1}, AutoClipValueError, "warmup"),
+        ({"max_threshold": 0.0}, AutoClipValueError, "max_threshold must be above 0"),
+        ({"history": []}, AutoClipTypeError, "history must be a NormHistory or None, but a list"),
+        ({"history": NormHistory(5)}, AutoClipValueError, "give window=5"),
+        ({"history": NormHistory(), "window": 5}, AutoClipValueError, "window=5 and a history were given"),
+        ({"gradient_accumulation_steps": 1}, AutoClipValueError, "at least 2, or None, but 1 was given"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        AutoClipOptimizer(keras.optimizers.SGD(), **options)
+
+
+@on_tensorflow
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules["autoclip_tensorflow.optimizer"])
+    assert results.failed == 0 < results.attempted
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it is needed")
+def test_optimizer_does_not_import_tensorflow(run_python):
+    code = """
+import sys, warnings
+sys.modules["tensorflow"] = None
+warnings.simplefilter("ignore")
+import keras
+from autoclip_tensorflow import AutoClipLogger, AutoClipOptimizer
+optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0))
+optimizer.apply([keras.ops.ones((4,))], [keras.Variable([0.0] * 4)])
+print(float(optimizer.metrics()["grad_norm"]))
+"""
+    assert run_python(code) == "2.0\n"
+
+
+# Several devices.
+
+
+@on_tensorflow
+def test_replicas_take_the_steps_of_one_device(run_python):
+    code = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
+import keras, numpy as np, tensorflow as tf
+from autoclip_core import NormHistory
+from autoclip_tensorflow import AutoClipOptimizer
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategies = [tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.get_strategy()]
+random = np.random.default_rng(1)
+x = random.normal(size=(160, 4)) * random.lognormal(size=(160, 1))
+for tree in (False, True):
+    models = []
+    for strategy in strategies:
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+            model.set_weights([np.ones((4, 1)), np.zeros(1)])
+            options = {"history": NormHistory()} if tree else {}
+            model.compile(AutoClipOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), 30.0, **options), loss="mse")
+        batches = tf.data.Dataset.from_tensor_slices((x, x.sum(axis=1) + 1)).batch(8)
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+        model.fit(batches.with_options(options), epochs=2, verbose=0, shuffle=False)
+        models.append(model)
+    many, one = models
+    for a, b in zip(many.get_weights(), one.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    for name, value in one.optimizer.metrics().items():
+        np.testing.assert_allclose(many.optimizer.metrics()[name], value, rtol=1e-4)
+    assert int(one.optimizer.metrics()["steps"]) == 40
+    assert not tree or len(many.optimizer.history) == 40
+print("agreed")
+"""
+    assert run_python(code) == "agreed\n"

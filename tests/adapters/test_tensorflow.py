@@ -1,0 +1,395 @@
+"""AutoClip for GradientTape loops takes every step as the core does: eagerly, in graphs, by XLA, and in the tree."""
+
+import doctest
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoclip_core import AutoClip as Core
+from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, NormHistory
+
+from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+tf = pytest.importorskip("tensorflow")
+from autoclip_tensorflow import AutoClip, kernel  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODES = ("eager", "graph", "XLA", "tree", "eager tree")
+
+
+def make(mode, percentile=10.0, **options):
+    """An AutoClip, and the function that calls it."""
+    if "tree" in mode:
+        options = {"history": NormHistory(), **options}
+    clip = AutoClip(percentile, **options)
+    return clip, clip if "eager" in mode else tf.function(clip, jit_compile=mode == "XLA", reduce_retracing=True)
+
+
+def numbers(clip):
+    return {name: value.numpy().item() for name, value in clip.metrics().items()}
+
+
+# The rule.
+
+
+@pytest.mark.parametrize(
+    ("mode", "percentile", "window"),
+    [("graph", 10.0, None), ("graph", 75.0, 500), ("XLA", 10.0, None), ("XLA", 75.0, 500), ("tree", 10.0, None)],
+)
+def test_recorded_trace_of_the_core_gives_the_same_steps(mode, percentile, window, trace):  # noqa: F811
+    trace = trace[8_000:12_000]
+    core = Core(percentile, window=window)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        steps = [core.observe(norm) for norm in trace]
+    norms, thresholds, scales, _, _ = map(np.array, zip(*steps, strict=True))
+    clip, _ = make(mode, percentile, **({} if mode == "tree" else {"window": window or 5_000}))
+
+    def run(norms):
+        def step(_, norm):
+            clip([norm[None]])
+            metrics = clip.metrics()
+            return metrics["grad_norm"], metrics["clip_threshold"], metrics["clip_scale"]
+
+        return tf.scan(step, norms, (norms[0], norms[0], norms[0]))
+
+    found = tf.function(run, jit_compile=mode == "XLA")(tf.constant(trace, tf.float32))
+    np.testing.assert_array_equal(found[0], norms.astype(np.float32))
+    np.testing.assert_allclose(found[1], thresholds.astype(np.float32), rtol=0 if mode == "tree" else 2.0**-23)
+    np.testing.assert_allclose(found[2], scales.astype(np.float32), rtol=3e-7)
+    metrics = numbers(clip)
+    assert (metrics["steps"], metrics["nonfinite_steps"]) == (core.steps, core.nonfinite_steps)
+    assert metrics["clipped_steps"] == pytest.approx(core.clipped_steps, abs=5)
+    assert core.nonfinite_steps > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_call_it_takes_the_same_steps(mode, trace):  # noqa: F811
+    clip, call = make(mode, warmup=3, max_threshold=20.0)
+    core = Core(warmup=3, max_threshold=20.0, nonfinite="pass")
+    for norm in [*trace[:40], 0.0, inf, nan, *trace[40:60]]:
+        expected = core.observe(norm)
+        (grad,) = call([tf.constant([norm, 0.0])])
+        found = numbers(clip)
+        assert found["clip_threshold"] == pytest.approx(np.float32(expected.threshold), rel=2.0**-23)
+        assert found["clipped"] == expected.clipped
+        np.testing.assert_allclose(grad[0], norm * expected.scale if np.isfinite(norm) else 0.0, rtol=3e-7)
+
+
+def test_policy_pass_lets_gradients_through():
+    clip = AutoClip(nonfinite="pass")
+    assert clip([tf.constant([inf])])[0].numpy() == inf
+    assert numbers(clip)["nonfinite_steps"] == 1
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "XLA"])
+def test_structure_types_and_missing_gradients_are_kept(mode):
+    clip, call = make(mode, 0.0)
+    grads = {
+        "half": tf.constant([3.0], tf.float16),
+        "brain": (tf.constant([[4.0]], tf.bfloat16), None),
+        "wide": [tf.constant(0.0, tf.float64)],
+        "empty": tf.zeros((0, 3)),
+    }
+    call(grads)
+    assert numbers(clip)["grad_norm"] == 5.0
+    clipped = call(tf.nest.map_structure(lambda grad: None if grad is None else 2 * grad, grads))
+    for before, after in zip(tf.nest.flatten(grads), tf.nest.flatten(clipped), strict=True):
+        if before is not None:
+            assert (before.dtype, before.shape) == (after.dtype, after.shape)
+            np.testing.assert_array_equal(before, after)
+    assert clipped["brain"][1] is None
+
+
+def test_norm_of_half_precision_does_not_overflow():
+    clip = AutoClip()
+    clip([tf.fill((100,), tf.constant(60_000.0, tf.float16))])
+    assert numbers(clip)["grad_norm"] == pytest.approx(6e5, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "XLA"])
+def test_rows_named_twice_add_up(mode):
+    clip, _ = make(mode)
+
+    def step(values):
+        clip([tf.constant([0.0, 1.0])])
+        (grad,) = clip([tf.IndexedSlices(values, tf.constant([3, 0, 3]), tf.constant([5, 1]))])
+        return grad.values, grad.indices
+
+    values, indices = tf.function(step, jit_compile=mode == "XLA")(tf.constant([[1.0], [2.0], [4.0]]))
+    metrics = numbers(clip)
+    assert metrics["grad_norm"] == pytest.approx(np.hypot(5, 2))
+    np.testing.assert_allclose(values[:, 0], np.array([1, 2, 4]) * metrics["clip_scale"], rtol=1e-6)
+    assert indices.numpy().tolist() == [3, 0, 3]
+
+
+def test_clipping_is_of_the_global_norm():
+    clip, grads = AutoClip(0.0), [tf.constant([1.0, 0.0]), tf.constant([[30.0]]), tf.constant(40.0)]
+    clip([tf.constant(10.0)])
+    clipped = clip(grads)
+    scale = 10 / np.sqrt(1 + 30**2 + 40**2)
+    for before, after in zip(grads, clipped, strict=True):
+        np.testing.assert_allclose(after, before * scale, rtol=1e-6)
+    # What earlier TensorFlow versions of AutoClip did: the first tensor is below the threshold, and stays as it is.
+    assert tf.clip_by_norm(grads[0], 10.0)[0] == 1.0
+
+
+def test_ragged_variables_and_later_ones_are_welcome():
+    clip = AutoClip()
+    ragged = tf.ragged.constant([[3.0], [0.0, 4.0]])
+    clip(ragged.flat_values)
+    clip([tf.constant([3.0]), tf.constant([4.0, 0.0])])
+    clip([])
+    assert numbers(clip)["steps"] == 3
+    assert numbers(clip)["grad_norm"] == 0.0
+
+
+# Saved.
+
+
+@pytest.mark.parametrize("mode", ["graph", "XLA"])
+def test_checkpoint_resumes_to_the_bit(mode, trace, tmp_path):  # noqa: F811
+    grads = [[tf.constant([norm])] for norm in trace[:60]]
+    (through, run_through), (first, run_first) = make(mode, window=20), make(mode, window=20)
+    for grad in grads[:30]:
+        run_through(grad)
+        run_first(grad)
+    path = tf.train.Checkpoint(clip=first).save(tmp_path / "checkpoint")
+    resumed, run_resumed = make(mode, window=20)
+    tf.train.Checkpoint(clip=resumed).restore(path).assert_consumed()
+    for grad in grads[30:]:
+        np.testing.assert_array_equal(run_through(grad)[0], run_resumed(grad)[0])
+        assert numbers(through) == numbers(resumed)
+    with pytest.raises(ValueError, match="shape"):
+        tf.train.Checkpoint(clip=make(mode, window=30)[0]).restore(path)
+
+
+def test_history_resumes_beside_the_checkpoint(trace, tmp_path):  # noqa: F811
+    grads = [[tf.constant([norm])] for norm in trace[:60]]
+    clip, call = make("tree")
+    for grad in grads[:30]:
+        call(grad)
+    path = tf.train.Checkpoint(clip=clip).save(tmp_path / "checkpoint")
+    snapshot = clip.history.to_bytes()
+    for history in (NormHistory.from_bytes(snapshot), NormHistory()):
+        resumed, call_resumed = make("tree", history=history)
+        tf.train.Checkpoint(clip=resumed).restore(path).assert_consumed()
+        if len(history) == 0:
+            with pytest.raises(tf.errors.FailedPreconditionError, match="restore both from one checkpoint"):
+                call_resumed(grads[30])
+    resumed, call_resumed = make("tree", history=NormHistory.from_bytes(snapshot))
+    tf.train.Checkpoint(clip=resumed).restore(path)
+    for grad in grads[30:]:
+        call(grad)
+        call_resumed(grad)
+        assert numbers(clip) == numbers(resumed)
+
+
+# The tree.
+
+
+def test_history_is_shared_with_the_process():
+    history = NormHistory()
+    history.extend([1.0, 2.0, 3.0])
+    clip, call = make("tree", 50.0, history=history)
+    call([tf.constant([4.0])])
+    assert numbers(clip)["clip_threshold"] == 2.5
+    assert history.values().tolist() == [1, 2, 3, 4]
+    assert clip.history is history
+
+
+def test_tree_is_not_for_xla_and_the_error_says_what_is():
+    clip = AutoClip(history=NormHistory())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="so_give_window_instead"):
+        tf.function(clip, jit_compile=True)([tf.constant([1.0])])
+
+
+def test_tree_that_cannot_be_reached_is_refused(monkeypatch):
+    monkeypatch.setattr(kernel, "_obstacle", lambda: "the sky is falling")
+    with pytest.raises(BackendError, match=r"the sky is falling.*variables keep the last `window` norms"):
+        AutoClip(history=NormHistory())
+
+
+def test_op_refuses_what_is_no_scalar():
+    clip = AutoClip(history=NormHistory())  # registers the op
+    inputs = [tf.constant(clip.history.shared_id, tf.int64), tf.constant(0), tf.constant(inf), tf.ones(2)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="takes scalars"):
+        kernel._observe_eagerly([*inputs, tf.constant(10.0, tf.float64)])
+    inputs[3] = tf.constant(1.0)
+    with pytest.raises(tf.errors.FailedPreconditionError, match="from 0 to 100"):
+        kernel._observe_eagerly([*inputs, tf.constant(101.0, tf.float64)])
+
+
+def test_kernel_knows_tensorflow_by_its_headers(tmp_path, absent):
+    if shutil.which("cc") is None:
+        absent("needs a C compiler")
+    source = (ROOT / "csrc/tensorflow/op.c").read_text(encoding="utf-8")
+    numbers = re.findall(r"\b(TF_[A-Z_]+) = (\d+)", source)
+    assert len(numbers) == 4
+    code = "".join(  # which the headers name as C++ does
+        f"typedef struct {name} {name};\n"
+        for name in ("TF_OpDefinitionBuilder", "TF_ShapeInferenceContext", "TF_ShapeHandle", "TF_DimensionHandle")
+    )
+    code += """
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <tensorflow/c/kernels.h>
+#include <tensorflow/c/ops.h>
+#include "functions.h"
+#define SAME(result, name, parameters) static result(*check_##name) parameters = name;
+TF_FUNCTIONS(SAME)
+"""
+    code += "".join(f'_Static_assert({name} == {value}, "{name}");\n' for name, value in numbers)
+    code += '_Static_assert(sizeof(TF_DataType) == sizeof(int) && sizeof(TF_Code) == sizeof(int), "enums");\n'
+    flags = ["-std=c11", "-fsyntax-only", "-Werror", f"-I{tf.sysconfig.get_include()}", f"-I{ROOT / 'csrc/tensorflow'}"]
+
+    def compile_it(text):
+        (tmp_path / "check.c").write_text(text, encoding="utf-8")
+        return subprocess.run(["cc", *flags, "check.c"], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = compile_it(code)
+    assert done.returncode == 0, done.stderr
+    assert compile_it(code + "static void (*wrong)(void) = TF_TensorData;").returncode != 0
+
+
+# Several devices.
+
+# TensorFlow greets on the standard error.
+QUIETLY = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'; os.environ['TF_ENABLE_ONEDNN_OPTS'] = '0'\n"
+
+
+def test_replicas_see_the_norm_of_the_reduced_gradient(run_python):
+    code = """
+import numpy as np, tensorflow as tf, warnings
+from autoclip_core import NormHistory
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from autoclip_tensorflow import AutoClip
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+norms = np.random.default_rng(0).lognormal(size=30).astype(np.float32)
+for history in (None, NormHistory()):
+    with strategy.scope():
+        clip = AutoClip(history=history)
+    alone = AutoClip()
+
+    @tf.function
+    def step(norm):
+        def replica():
+            # Of the two replicas one has 3 times the gradient, the other -2 times.
+            share = 3.0 - 5.0 * tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)
+            (grad,) = clip([norm[None] * share])
+            return tf.distribute.get_replica_context().all_reduce("SUM", grad)
+        return strategy.run(replica)
+
+    for norm in norms:
+        reduced = strategy.experimental_local_results(step(tf.constant(norm)))
+        (expected,) = alone([tf.constant([norm])])
+        for grad in reduced:
+            np.testing.assert_allclose(grad, expected, rtol=1e-5)
+        for name, value in clip.metrics().items():
+            np.testing.assert_allclose(value, alone.metrics()[name], rtol=1e-5)
+    if history is not None:
+        assert len(history) == 30
+print("agreed")
+"""
+    assert run_python(QUIETLY + code) == "agreed\n"
+
+
+def test_workers_see_the_norm_of_the_reduced_gradient(tmp_path):
+    code = """
+import json, os, sys, warnings
+import numpy as np, tensorflow as tf
+from autoclip_core import NormHistory
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+from autoclip_tensorflow import AutoClip
+norms = np.random.default_rng(0).lognormal(size=30).astype(np.float32)
+share = [3.0, -2.0][int(sys.argv[1])]
+for history in (None, NormHistory()):
+    with strategy.scope():
+        clip = AutoClip(history=history)
+
+    @tf.function
+    def step(norm):
+        def replica():
+            (grad,) = clip([norm[None] * share])
+            return tf.distribute.get_replica_context().all_reduce("SUM", grad)
+        return strategy.run(replica)
+
+    sums = [float(step(tf.constant(norm))[0]) for norm in norms]
+    assert history is None or len(history) == 30
+    print(json.dumps([sums, {name: float(value) for name, value in clip.metrics().items()}]))
+"""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{taken.getsockname()[1]}" for taken in (one, other)]
+    workers = []
+    for index in range(2):
+        config = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
+        command = [sys.executable, "-P", "-c", code, str(index)]
+        environment = os.environ | {"TF_CONFIG": config}
+        workers.append(
+            subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    alone = AutoClip()
+    norms = np.random.default_rng(0).lognormal(size=30).astype(np.float32)
+    expected = [float(alone([tf.constant([norm])])[0][0]) for norm in norms]
+    for line in outputs[0][0].splitlines()[-2:]:
+        sums, metrics = json.loads(line)
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+        for name, value in numbers(alone).items():
+            assert metrics[name] == pytest.approx(float(value), rel=1e-5)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"percentile": -1}, AutoClipValueError, "percentile must be from 0 to 100, but -1"),
+        ({"window": None}, AutoClipValueError, "give history=NormHistory"),
+        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in variables"),
+        ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
+        ({"warmup": -1}, AutoClipValueError, "warmup"),
+        ({"history": 3}, AutoClipTypeError, "history must be a NormHistory or None, but a int"),
+        ({"history": NormHistory(5)}, AutoClipValueError, "give window=5"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        AutoClip(**options)
+
+
+def test_examples_of_the_docstrings_run():
+    results = doctest.testmod(sys.modules["autoclip_tensorflow.clip"])
+    assert results.failed == 0 < results.attempted
+
+
+def test_package_has_the_names_it_lists():
+    import autoclip_tensorflow
+
+    assert autoclip_tensorflow.__all__ == ["AutoClip", "AutoClipLogger", "AutoClipOptimizer"]
+    with pytest.raises(AttributeError, match="no attribute 'Autoclip'"):
+        _ = autoclip_tensorflow.Autoclip
