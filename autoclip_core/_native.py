@@ -6,6 +6,7 @@ the GIL in every call, so a history must be its own lock: that is what the autoc
 
 from __future__ import annotations
 
+from struct import pack
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from autoclip_core import _kernel, errors
@@ -19,19 +20,7 @@ lib: Any = _kernel.lib
 
 _OK: int = lib.AUTOCLIP_OK
 _TOO_SMALL: int = lib.AUTOCLIP_TOO_SMALL
-_observe: Any = lib.autoclip_shared_observe
-
-# Where the kernel writes its results. A cell per call would double the cost of an observe, and one cell for all would
-# be torn between threads; so each call borrows one, and list.pop and list.append are atomic.
-_cells: list[Any] = []
-
-
-def _borrow_cell() -> Any:
-    try:
-        return _cells.pop()
-    except IndexError:
-        return ffi.new("double *")
-
+_observe: Any = lib.observe
 
 def _error(status: int, **given: Any) -> Exception:
     """The exception for a status that is not AUTOCLIP_OK."""
@@ -116,15 +105,9 @@ class History:
         _expect_ok(status, norm=norms)
 
     def observe(self, norm: float, percentile: float) -> float:
-        try:  # _borrow_cell, written out: this is called at every training step
-            cell = _cells.pop()
-        except IndexError:
-            cell = ffi.new("double *")
-        status = _observe(self._id, norm, percentile, cell)
-        threshold: float = cell[0]
-        _cells.append(cell)
-        if status != _OK:
-            raise _error(status, norm=norm, percentile=percentile)
+        threshold: float = _observe(self._id, norm, percentile)
+        if threshold != threshold:  # a NaN: csrc/ffi_build.py says which
+            _expect_ok(pack("<d", threshold)[0], norm=norm, percentile=percentile)
         return threshold
 
     def observe_many(self, norms: NDArray[np.float64], percentiles: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -143,12 +126,9 @@ class History:
         return thresholds
 
     def percentile(self, percentile: float) -> float:
-        cell = _borrow_cell()
-        status = lib.autoclip_shared_percentile(self._id, percentile, cell)
-        threshold: float = cell[0]
-        _cells.append(cell)
-        if status != _OK:
-            raise _error(status, percentile=percentile)
+        threshold: float = lib.percentile(self._id, percentile)
+        if threshold != threshold:
+            _expect_ok(pack("<d", threshold)[0], percentile=percentile)
         return threshold
 
     def select(self, rank: int) -> float:

@@ -15,6 +15,36 @@ marked = re.search(r"/\* \[declarations:.*?\*/(.*)/\* \[end of declarations\] \*
 if marked is None:
     raise SystemExit("include/autoclip.h has lost the two marks around the declarations that make the Python binding")
 
+# Reading an out-parameter takes Python a quarter of an observe, so the calls of every training step return their result. A
+# failure is a NaN with the status in its lowest byte; that byte is 0 in a NaN that is an answer (numpy's, of norms whose
+# difference is beyond a double).
+RETURNING = """
+#include <string.h>
+#include <autoclip.h>
+
+static double result(autoclip_status status, double threshold)
+{
+    const uint64_t failure = UINT64_C(0x7FF8000000000000) | (uint64_t)status;
+    if (status != AUTOCLIP_OK) memcpy(&threshold, &failure, sizeof threshold);
+    return threshold;
+}
+
+static double observe(uint64_t id, double norm, double percentile)
+{
+    double threshold = 0;
+    const autoclip_status status = autoclip_shared_observe(id, norm, percentile, &threshold);
+    return result(status, threshold);
+}
+
+static double percentile(uint64_t id, double percentile)
+{
+    double threshold = 0;
+    const autoclip_status status = autoclip_shared_percentile(id, percentile, &threshold);
+    return result(status, threshold);
+}
+"""
+DECLARED = "double observe(uint64_t id, double norm, double percentile); double percentile(uint64_t id, double percentile);"
+
 ffibuilder = FFI()
-ffibuilder.cdef(marked[1])
-ffibuilder.set_source("autoclip_core._kernel", "#include <autoclip.h>")
+ffibuilder.cdef(marked[1] + DECLARED)
+ffibuilder.set_source("autoclip_core._kernel", RETURNING)

@@ -222,7 +222,10 @@ static void recall_oldest(autoclip_history *history) {
     uint64_t count = HISTORY_BUFFER / 2;
     if (count > history->tree.size) count = history->tree.size;
     if (count > history->buffer_capacity) count = history->buffer_capacity;
-    for (uint64_t i = 0; i < count; ++i) buffer_insert(history, history_by_age(history, i));
+    double scratch[HISTORY_BUFFER / 2];
+    for (uint64_t i = 0; i < count; ++i) history->buffer[i] = history_by_age(history, i);
+    autoclip_sort(history->buffer, scratch, (size_t)count);
+    history->buffered = (size_t)count;
     (void)autoclip_tree_erase(&history->tree, history->buffer, (size_t)count);
     forget_cursor(history);
 }

@@ -1,18 +1,25 @@
-/* Radix sort on the bit patterns of the doubles, by no more bits than tell them apart.
+/* Sort by the bit patterns of the doubles: deal the keys out to some thousand ranges of equal width, in one pass over
+ * memory; then each range, which the nearest cache holds, in the same way again; insertion finishes what few keys a range
+ * of a range holds. A range that holds many is dealt out once more, by its own least and greatest key: keys that crowd
+ * together cost a pass, wherever they are.
  *
- * The leading ones of those bits in which the patterns differ at all put nearly every key into its place: they have at
- * least four times as many values as there are keys. An insertion sort repairs the rest. Keys that crowd together, so
- * that it has too much to do, are sorted by all bits. To sort by all bits always makes an extend of 10^6 norms 1.45 times as
- * slow. */
+ * An extend of 10^6 norms is 1.2 times as fast as with two passes over all keys by trailing and leading bits, and needs two
+ * thirds of the memory. */
 #include "sort.h"
 
 #include <string.h>
 
-enum { DIGIT = 11, VALUES = 1 << DIGIT };
+enum {
+    SMALL = 16, /* keys that insertion sorts as fast as anything */
+    OUTER_BITS = 12,
+    INNER_BITS = 10, /* the ends of the ranges stand on the stack, and there may be ten levels */
+};
 
-/* Doubles in ascending order have ascending patterns once negative ones are inverted and others get the sign bit. */
+/* Doubles in ascending order have ascending patterns once negative ones are inverted and others get the sign bit. The
+ * pattern of -0.0 is that of 0.0. */
 static uint64_t pattern_of(double key) {
     uint64_t bits;
+    key += 0.0;
     memcpy(&bits, &key, sizeof bits);
     return bits ^ ((0 - (bits >> 63)) | (uint64_t)1 << 63);
 }
@@ -23,62 +30,69 @@ static unsigned width_of(uint64_t value) {
     return width;
 }
 
-static void distribute(const double *from, double *to, size_t count, uint64_t least, unsigned shift) {
-    size_t starts[VALUES] = {0};
-    for (size_t i = 0; i < count; ++i) starts[(pattern_of(from[i]) - least) >> shift & (VALUES - 1)] += 1;
-    size_t next = 0;
-    for (size_t value = 0; value < VALUES; ++value) {
-        const size_t size = starts[value];
-        starts[value] = next;
-        next += size;
+/* Write the keys range by range, in any order within each, and where each range ends. The number of ranges; 0 if
+ * no range holds different keys. */
+static size_t deal(const double *from, double *to, size_t count, size_t *ends, unsigned bits) {
+    double min = from[0];
+    double max = from[0];
+    for (size_t i = 1; i < count; ++i) {
+        min = from[i] < min ? from[i] : min;
+        max = from[i] > max ? from[i] : max;
     }
-    for (size_t i = 0; i < count; ++i) to[starts[(pattern_of(from[i]) - least) >> shift & (VALUES - 1)]++] = from[i];
+    const uint64_t least = pattern_of(min);
+    const uint64_t greatest = pattern_of(max);
+    const unsigned enough = width_of(count);
+    if (bits > enough) bits = enough;
+    const unsigned width = width_of(greatest - least);
+    const unsigned shift = width > bits ? width - bits : 0;
+    const size_t ranges = (size_t)((greatest - least) >> shift) + 1;
+    memset(ends, 0, ranges * sizeof *ends);
+    for (size_t i = 0; i < count; ++i) ends[(pattern_of(from[i]) - least) >> shift] += 1;
+    size_t start = 0;
+    for (size_t at = 0; at < ranges; ++at) {
+        const size_t size = ends[at];
+        ends[at] = start;
+        start += size;
+    }
+    for (size_t i = 0; i < count; ++i) to[ends[(pattern_of(from[i]) - least) >> shift]++] = from[i] + 0.0;
+    return shift > 0 ? ranges : 0;
 }
 
-/* Insertion sort, which also turns -0.0 into 0.0; false when keys are too far from their places. */
-static bool repair(double *keys, size_t count) {
-    size_t moves = 0;
-    for (size_t i = 0; i < count && moves <= 4 * count; ++i) {
-        const double key = keys[i] + 0.0;
+void autoclip_sort(double *keys, double *scratch, size_t count) {
+    const double *nearly = keys;
+    if (count > SMALL) {
+        size_t ends[1 << INNER_BITS];
+        const size_t ranges = deal(keys, scratch, count, ends, INNER_BITS);
+        for (size_t at = 0, start = 0; at < ranges; start = ends[at++]) {
+            if (ends[at] - start > SMALL) autoclip_sort(scratch + start, keys + start, ends[at] - start);
+        }
+        nearly = scratch;
+    }
+    for (size_t i = 0; i < count; ++i) {
+        const double key = nearly[i];
         size_t at = i;
         for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
         keys[at] = key;
-        moves += i - at;
     }
-    return moves <= 4 * count;
 }
 
 double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count) {
-    const size_t bytes = count * sizeof *keys;
-    double *copy[2];
-    copy[0] = memory_allocate(memory, bytes);
-    if (copy[0] == NULL) return NULL;
-    copy[1] = memory_allocate(memory, bytes);
-    if (copy[1] == NULL) {
-        memory_release(memory, copy[0], bytes);
+    double *sorted = memory_allocate(memory, count * sizeof *keys);
+    if (sorted == NULL) return NULL;
+    size_t ends[1 << OUTER_BITS];
+    const size_t ranges = deal(keys, sorted, count, ends, OUTER_BITS);
+    if (ranges == 0) return sorted;
+    size_t most = 0;
+    for (size_t at = 0, start = 0; at < ranges; start = ends[at++]) {
+        if (ends[at] - start > most) most = ends[at] - start;
+    }
+    double *scratch = memory_allocate(memory, most * sizeof *keys);
+    if (scratch == NULL) {
+        memory_release(memory, sorted, count * sizeof *keys);
         return NULL;
     }
-    uint64_t least = UINT64_MAX;
-    uint64_t greatest = 0;
-    for (size_t i = 0; i < count; ++i) {
-        const uint64_t pattern = pattern_of(keys[i]);
-        least = pattern < least ? pattern : least;
-        greatest = pattern > greatest ? pattern : greatest;
-    }
-    const unsigned width = width_of(greatest - least);
-    const unsigned enough = width_of(count) + 2;
-    unsigned shift = width > enough ? width - enough : 0;
-    int last = 0;
-    for (;; shift = 0) {
-        const double *from = keys;
-        do {
-            last ^= 1;
-            distribute(from, copy[last], count, least, shift);
-            from = copy[last];
-            shift += DIGIT;
-        } while (shift < width);
-        if (repair(copy[last], count)) break;
-    }
-    memory_release(memory, copy[!last], bytes);
-    return copy[last];
+    for (size_t at = 0, start = 0; at < ranges; start = ends[at++])
+        autoclip_sort(sorted + start, scratch, ends[at] - start);
+    memory_release(memory, scratch, most * sizeof *keys);
+    return sorted;
 }

@@ -6,8 +6,11 @@
 
 #include "memory.h"
 
-/* At least one finite key, copied in ascending order, -0.0 as 0.0; twice the memory while it runs. The caller releases
- * the copy; NULL when there is no memory. O(count). */
+/* Sort finite keys, and write -0.0 as 0.0. `scratch` holds as many. O(count). */
+void autoclip_sort(double *keys, double *scratch, size_t count);
+
+/* At least one finite key, sorted into memory of its own, which the caller releases; up to twice as much while it runs.
+ * NULL when there is no memory. O(count). */
 double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count);
 
 #endif

@@ -115,6 +115,17 @@ def test_percentile_equals_numpy_for_any_norms_and_any_percentile(norms, percent
     assert_same_bits([history.percentile(p) for p in percentiles], [reference.percentile(p) for p in percentiles])
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_percentile_between_norms_too_far_apart_for_a_double_is_that_of_numpy():
+    norms = [-1.7e308, 1.7e308]
+    for percentile in (0.0, 30.0, 60.0):
+        history = NormHistory()
+        history.push(norms[0])
+        assert_same_bits(history.observe(norms[1], percentile), np.percentile(norms, percentile))
+        assert_same_bits(history.percentile(percentile), np.percentile(norms, percentile))
+        assert len(history) == 2
+
+
 @shapes
 def test_observe_is_push_then_percentile(shape):
     observed, pushed, many = NormHistory(), NormHistory(), NormHistory()
