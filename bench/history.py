@@ -46,6 +46,7 @@ STREAM = "stationary"
 OURS = "NormHistory.observe"
 CLIP = "AutoClip.observe"
 MANY = "NormHistory.observe_many"
+NUMBA = "NormHistory.observe_many (Numba)"
 LIST = "numpy.percentile of a list"
 SORTED = "sortedcontainers.SortedList"
 KLL = "DataSketches KLL"
@@ -148,9 +149,15 @@ def observe_many(start: Norms, _: int) -> Steps:
     return lambda _, norms: history.observe_many(norms, [PERCENTILE])
 
 
-def pushed(start: Norms) -> NormHistory:
+def observe_many_on_numba(start: Norms, _: int) -> Steps:
+    """The same on the other backend: a jitted loop."""
+    history = pushed(start, "numba")
+    return lambda _, norms: history.observe_many(norms, [PERCENTILE])
+
+
+def pushed(start: Norms, backend: str | None = None) -> NormHistory:
     """A NormHistory filled as training fills it: one push after the other."""
-    history = NormHistory()
+    history = NormHistory(backend=backend)
     push = history.push
     for norm in start.tolist():
         push(norm)
@@ -171,6 +178,7 @@ SUBJECTS = {
     OURS: Subject(norm_history, "autoclip_core", "push and percentile in one call"),
     CLIP: Subject(auto_clip, "autoclip_core", "the whole rule, with its ClipStep"),
     MANY: Subject(observe_many, "autoclip_core", "a whole array of norms in one call"),
+    NUMBA: Subject(observe_many_on_numba, "numba", "the same without a compiled kernel"),
 }
 IN_C = {
     PB_DS: ("pb_ds", "red-black tree with order statistics, called from C++"),
@@ -248,14 +256,22 @@ def measure_memory(sizes: list[int]) -> Measurements:
     return measured
 
 
-def measure_start(rounds: int) -> Measurements:
+def measure_start(rounds: int, *, has_numba: bool) -> Measurements:
     """Seconds to start Python and import, in turns; run in an empty folder, so that the installed package is found."""
     programs = {
         "the interpreter alone": "pass",
         "import autoclip_core": "import autoclip_core",
         "import autoclip_core, a first observe": "import autoclip_core as a; a.NormHistory().observe(1.0, 10.0)",
         "import numpy, for comparison": "import numpy",
-    }
+    } | (
+        {
+            "import autoclip_core, a first observe on Numba": "import autoclip_core as a; "
+            "a.NormHistory(backend='numba').observe(1.0, 10.0)",
+            "import numba, for comparison": "import numba",
+        }
+        if has_numba
+        else {}
+    )
     measured = Measurements()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(1 + max(5, 3 * rounds)):
@@ -313,13 +329,14 @@ def measure(sizes: list[int], *, rounds: int, operations: int) -> tuple[Measurem
                     ns / 1000 for ns in in_c.values[key]
                 ]
     say("  ours alone")
-    for name in (OURS, CLIP, MANY):  # one after the other, as the kernel runs in C: beside each other they share the caches
+    # One after the other, as the kernel runs in C: beside each other they would share the caches.
+    for name in [name for name in available if name in (OURS, CLIP, MANY, NUMBA)]:
         measured.update(
             measure_python(sizes[-2], rounds=rounds, operations=operations, available=[name], experiment="alone")
         )
     say("  memory and start")
     measured.update(measure_memory(sizes[-2:]))
-    measured.update(measure_start(rounds))
+    measured.update(measure_start(rounds, has_numba=NUMBA in available))
     return measured, absent
 
 
@@ -350,6 +367,8 @@ def targets(measured: Measurements, sizes: list[int]) -> list[list[str]]:
         ]
         added = 1000 * (pair[0] - pair[1]) if pair[0] is not None and pair[1] is not None else None
         rows.append([f"{more} above {less} at {power(middle)}, each alone", shown(added, 3, "ns"), target])
+    jitted = ratio(*(measured.median("alone", STREAM, middle, name, "us per step") for name in (NUMBA, MANY)))
+    rows.append([f"{NUMBA} / {MANY} at {power(middle)}, each alone", shown(jitted), "at most 3"])
     for size in sizes[-2:]:
         held = measured.median("memory", STREAM, size, "NormHistory", "bytes per norm after random single pushes")
         rows.append([f"bytes per norm at {power(size)}, random single pushes", shown(held, 4), "at most 13"])

@@ -430,7 +430,11 @@ class AutoClip:
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had."""
-        now, self.percentile = self._percentile, percentile
+        now = self._percentile
+        if percentile == now:
+            self._observe(_found(norms))
+            return
+        self.percentile = percentile
         try:
             self._observe(_found(norms))
         finally:
