@@ -118,5 +118,7 @@ def _load(name: str | None) -> type[Backend]:
     reasons = "; ".join(f"{candidate}: {_REMEDIES[candidate]} ({error})" for candidate, error in failures)
     source = Path(__file__).parent.parent
     if (source / "pyproject.toml").exists():
-        reasons += f". autoclip_core was imported from its sources in {source}: start Python in another folder, or with -P"
+        reasons += (
+            f". autoclip_core was imported from its sources in {source}: start Python in another folder, or with -P"
+        )
     raise BackendError(f"No backend can be loaded. {reasons}." if name is None else f"Backend {reasons}.")

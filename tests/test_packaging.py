@@ -191,7 +191,12 @@ def test_version_is_the_same_everywhere_and_written_once(installed, pkg_config, 
 @pytest.fixture
 def release(need, tmp_path):
     """A repository with one commit, ready to be released; call it for the last line that `.ci/release check` says."""
-    for name in (".ci/release", "csrc/include/autoclip.h", "CHANGELOG.md", f"tests/abi/autoclip-{macro('ABI_VERSION')}.abi"):
+    for name in (
+        ".ci/release",
+        "csrc/include/autoclip.h",
+        "CHANGELOG.md",
+        f"tests/abi/autoclip-{macro('ABI_VERSION')}.abi",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
