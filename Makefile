@@ -1,6 +1,6 @@
 ## make demo    train a network with AutoClip, with a fixed threshold and without clipping; DEMO="--help" for options
 ## make test    everything: static checks, C tests, Python tests on both backends
-## make cross   the C tests on big-endian, 32-bit and ARM processors, emulated
+## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
 ## make oldest  the JAX tests on the oldest JAX that pyproject.toml allows
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
@@ -15,7 +15,7 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest bench format clean tools static c-asan c-tsan c-release c-aarch64 c-s390x c-i386 python
+.PHONY: help demo test cross oldest bench format clean tools static c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows python
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -26,8 +26,9 @@ demo: .venv/demo
 
 test: tools static c-asan c-tsan c-release python
 
-# From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev.
-cross: c-aarch64 c-s390x c-i386
+# From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev; wine,
+# and gcc-mingw-w64-x86-64.
+cross: c-aarch64 c-s390x c-i386 c-windows
 
 OLDEST_JAX := $(shell sed -n '/^jax = /{s/>=/==/g; s/[^"]*"\([^"]*\)"[^"]*/\1 /g; p}' pyproject.toml)
 
@@ -70,7 +71,7 @@ static: .venv/test
 	clang-format --dry-run --Werror --style=file:csrc/.clang-format $(C_SOURCES)
 	mypy
 
-c-asan c-tsan c-release c-aarch64 c-s390x c-i386: c-%: .venv/test
+c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows: c-%: .venv/test
 	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
 
 python: .venv/test

@@ -12,11 +12,13 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from math import isfinite
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from autoclip_core import _backend
+from autoclip_core import __version__, _backend
 from autoclip_core.errors import AutoClipError
 from autoclip_core.history import NormHistory
 from autoclip_core.replay import PERCENTILES, Replay, read_norms, replay
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_FRAMEWORKS = {"torch": "autoclip_torch", "jax": "autoclip_jax", "tensorflow": "autoclip_tensorflow"}
-_ALSO = ("numpy", "numba", "optax", "keras", "lightning", "transformers", "accelerate", "matplotlib")
+# What each adapter needs. (TensorFlow brings Keras, and Keras alone is enough.)
+_ADAPTERS = {"autoclip_torch": ("torch",), "autoclip_jax": ("jax", "optax"), "autoclip_tensorflow": ("keras",)}
+_ALSO = (
+    *("tensorflow", "tensorflow-cpu", "numpy", "numba", "lightning", "transformers", "accelerate", "matplotlib"),
+    "tensorboard",
+)
 _BARS = "▏▎▍▌▋▊▉█"
 
 
@@ -49,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="autoclip", description="Gradient clipping that chooses its own threshold.")
+    parser.add_argument("--version", action="version", version=f"autoclip-core {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, run: Any, about: str, examples: str) -> argparse.ArgumentParser:
@@ -72,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "  autoclip replay norms.npy -p 5 -p 10 -w 1000 --plot norms.png\n",
     )
     command.add_argument(
-        "file", type=Path, help="norms: CSV, JSON, JSON lines, .npy, or a folder of TensorBoard events"
+        "file", type=Path, help="norms: CSV, JSON, JSON lines, .npy, or TensorBoard's events (a file or a run's folder)"
     )
     command.add_argument("-c", "--column", help="the name of the norms (default: guessed)")
     command.add_argument(
@@ -107,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(options: argparse.Namespace) -> None:
+    # TensorBoard reads without TensorFlow as well: this is how it is told to leave out seconds of loading.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
     norms, name = read_norms(options.file, options.column)
     percentiles = options.percentile or list(PERCENTILES)
     results = replay(norms, percentiles, [None, *(options.window or [])], fixed=[options.fixed])
@@ -124,9 +133,13 @@ def _replay(options: argparse.Namespace) -> None:
     if left_out:
         print(f"not remembered: {', '.join(left_out)}")
     print()
-    header = ["threshold", "history", "final", "median", "clipped", "scale, median", "scale, hardest 5 %"]
+    header = ["setting", "history", "final", "median", "clipped", "scale", "hardest"]
     _print_table(header, [_row(result, row, options.fixed) for result, row in zip(results, rows, strict=True)])
-    print("\nThe scales are the factors of the clipped gradients; a twentieth of them is below the hardest 5 %.")
+    legend = (
+        "final, median: of the threshold. scale: the median factor of the clipped gradients; hardest: one in twenty of "
+        "them is scaled by less."
+    )
+    print("\n" + textwrap.fill(legend, _columns()))
 
 
 def _row(result: Replay, row: dict[str, Any], fixed: float) -> list[str]:
@@ -172,18 +185,16 @@ def _plot(norms: NDArray[np.float64], results: list[Replay], path: Path) -> None
 
 
 def _info(options: argparse.Namespace) -> None:
-    import autoclip_core
-
     try:
         chosen = f"{_backend.find_backend(None).name} ({_backend.why()})"
     except AutoClipError as error:
         chosen = f"none: {error}"
     facts = {
-        "autoclip-core": autoclip_core.__version__,
+        "autoclip-core": __version__,
         "backend": chosen,
         **{f"backend {name}": build for name, build in _backend.backends().items()},
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        **{adapter: _adapter(adapter, framework) for framework, adapter in _FRAMEWORKS.items()},
+        **{adapter: _adapter(adapter, needed) for adapter, needed in _ADAPTERS.items()},
         **{name: _version(name) or "not installed" for name in _ALSO},
     }
     if options.json:
@@ -194,13 +205,16 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
-def _adapter(adapter: str, framework: str) -> str:
+def _adapter(adapter: str, needed: Sequence[str]) -> str:
     from importlib.util import find_spec
 
-    version = _version(framework) or _version(f"{framework}-cpu")
     if find_spec(adapter) is None:
         return "not installed"
-    return f"usable, {framework} {version}" if version else f"{framework} is not installed"
+    found = {name: _version(name) for name in needed}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return "usable, " + ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _version(name: str) -> str | None:

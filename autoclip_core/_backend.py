@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, BackendError
@@ -115,4 +116,9 @@ def _load(name: str | None) -> type[Backend]:
         except ImportError as error:
             failures.append((candidate, error))
     reasons = "; ".join(f"{candidate}: {_REMEDIES[candidate]} ({error})" for candidate, error in failures)
+    source = Path(__file__).parent.parent
+    if (source / "pyproject.toml").exists():
+        reasons += (
+            f". autoclip_core was imported from its sources in {source}: start Python in another folder, or with -P"
+        )
     raise BackendError(f"No backend can be loaded. {reasons}." if name is None else f"Backend {reasons}.")

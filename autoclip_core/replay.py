@@ -80,7 +80,7 @@ def replay(
         norms: in the order in which they came, unclipped.
         percentiles: each from 0 to 100.
         windows: each a number of norms, or None for the whole history.
-        fixed: thresholds that do not move, for comparison.
+        fixed: thresholds that do not move, each above 0, for comparison.
 
     Returns:
         One result per window and percentile, in this order, then one per fixed threshold.
@@ -119,6 +119,8 @@ def replay(
         for at, percentile in enumerate(percentiles):
             add(float(percentile), window, np.ascontiguousarray(found[:, at]))
     for threshold in fixed:
+        if not threshold > 0.0:
+            raise AutoClipValueError(f"A fixed threshold must be above 0, but {threshold!r} was given.")
         add(None, None, np.full(len(norms), float(threshold)))
     return results
 
@@ -127,8 +129,9 @@ def read_norms(path: str | Path, column: str | None = None) -> tuple[NDArray[np.
     """Read the gradient norms that a run has left behind.
 
     Args:
-        path: a .npy file; a CSV file (of Lightning's logger, for one); JSON lines; a JSON file, a list of numbers or
-            what the Hugging Face Trainer writes (`trainer_state.json`); or a folder with TensorBoard event files.
+        path: a .npy file; a CSV file (of Lightning's logger, for one), separated by commas, semicolons or tabs; JSON
+            lines; a JSON file, a list of numbers or what the Hugging Face Trainer writes (`trainer_state.json`); or
+            TensorBoard's events, one file or the folder of a run.
         column: the name of the numbers; None guesses it.
 
     Returns:
@@ -141,18 +144,21 @@ def read_norms(path: str | Path, column: str | None = None) -> tuple[NDArray[np.
     import numpy as np
 
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or "tfevents" in path.name:
         return _read_tensorboard(path, column)
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise AutoClipValueError(f"{path} is not a .npy file of numbers: {error}") from None
-        if array.dtype.kind not in "fiu":
-            raise AutoClipValueError(f"{path} holds {array.dtype}, but norms are real numbers.")
-        return array.astype(np.float64).reshape(-1), path.stem
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = next((line.strip()[0] for line in file if line.strip()), "")
+        except (ValueError, EOFError):  # what numpy says is about pickles
+            raise AutoClipValueError(f"{path} is not a .npy file of numbers.") from None
+        if array.dtype.kind not in "fiu" or array.size not in array.shape:
+            raise AutoClipValueError(f"{path} holds {array.dtype} of shape {array.shape}, not one norm per step.")
+        return _as_norms(path, array.reshape(-1), path.stem)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:  # some programs sign their UTF-8
+        start = file.read(4096)
+        if "\0" in start:
+            raise AutoClipValueError(f"{path} is not text; an array is read from a .npy file.")
+        first = start.lstrip()[:1]
         file.seek(0)
         if first == "[" or (first == "{" and path.suffix == ".json"):
             return _read_json(path, file.read(), column)
@@ -162,10 +168,11 @@ def read_norms(path: str | Path, column: str | None = None) -> tuple[NDArray[np.
 
 
 def _read_csv(path: Path, file: Any, column: str | None) -> tuple[NDArray[np.float64], str]:
-    rows = csv.reader(file)
-    header = next(rows, [])
-    if not header:
+    top = next((line for line in file if line.strip()), "")
+    if not top:
         raise AutoClipValueError(f"{path} is empty.")
+    rows = csv.reader(chain([top], file), delimiter=max(",;\t", key=top.count))
+    header = next(rows)
     if len(header) == 1 and _is_number(header[0]) and column is None:  # numbers alone, one per line
         return _as_norms(path, (row[0] for row in chain([header], rows) if row), "norm")
     name = _choose(path, header, column)
@@ -207,11 +214,17 @@ def _from_rows(path: Path, rows: Iterable[Mapping[str, Any]], column: str | None
 
 
 def _read_tensorboard(path: Path, column: str | None) -> tuple[NDArray[np.float64], str]:
+    if path.is_dir() and not any(path.glob("*tfevents*")):
+        runs = (path.rglob(name) for name in ("*tfevents*", "metrics.csv", "trainer_state.json"))
+        found = next(chain.from_iterable(runs), None)
+        raise AutoClipValueError(
+            f"{path} is a folder without TensorBoard events" + (f"; did you mean {found}?" if found else ".")
+        )
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
         raise AutoClipValueError(
-            f"{path} is a folder, and TensorBoard's events take TensorBoard to read: pip install tensorboard ({error})."
+            f"{path} holds TensorBoard's events, which take TensorBoard to read: pip install tensorboard ({error})."
         ) from None
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -236,14 +249,16 @@ def _choose(path: Path, names: Sequence[str], column: str | None) -> str:
     likely = [name for name in names if "grad" in name.lower() and "norm" in name.lower()]
     if len(likely) == 1:
         return likely[0]
+    if not names:
+        raise AutoClipValueError(f"{path} holds no named numbers.")
     raise AutoClipValueError(
-        f"Which of these are the gradient norms in {path}: {_listed(likely or names)}? Name the column."
+        f"Which are the gradient norms in {path}: {_listed(likely or names)}? Name them (--column NAME)."
     )
 
 
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:20])
-    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown or "nothing"
+    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown
 
 
 def _as_norms(path: Path, values: Iterable[Any], name: str) -> tuple[NDArray[np.float64], str]:

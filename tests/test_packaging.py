@@ -188,6 +188,51 @@ def test_version_is_the_same_everywhere_and_written_once(installed, pkg_config, 
     assert [file for file in places if literal.search(file.read_text(encoding="utf-8", errors="replace"))] == []
 
 
+@pytest.fixture
+def release(need, tmp_path):
+    """A repository with one commit, ready to be released; call it for the last line that `.ci/release check` says."""
+    for name in (
+        ".ci/release",
+        "csrc/include/autoclip.h",
+        "CHANGELOG.md",
+        f"tests/abi/autoclip-{macro('ABI_VERSION')}.abi",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    heading = f"## [{version()}] - "
+    log = re.sub(rf"^{re.escape(heading)}.*$", f"{heading}2030-01-31", log, flags=re.MULTILINE)
+    (tmp_path / "CHANGELOG.md").write_text(log, encoding="utf-8")
+    git = [need("git"), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    run("git", "init", "-q", cwd=tmp_path)
+
+    def release(*commands):
+        for command in (["add", "."], ["commit", "-qm", "m"], *commands):
+            run(*git, *command, cwd=tmp_path)
+        done = subprocess.run(
+            [tmp_path / ".ci/release", "check"], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        return done.returncode, (done.stdout + done.stderr).splitlines()[-1]
+
+    return release
+
+
+def test_release_is_committed_described_and_tagged(release):
+    said = f"release: {version()}, ABI {macro('ABI_VERSION')}, committed, described and tagged"
+    assert release(["tag", f"v{version()}"]) == (0, said)
+
+
+def test_release_without_its_tag_is_refused(release):
+    assert release() == (1, f"release: this commit has no tag v{version()}")
+
+
+def test_release_that_the_changelog_does_not_describe_is_refused(release, tmp_path):
+    (tmp_path / "CHANGELOG.md").write_text(f"## [{version()}] - unreleased\n", encoding="utf-8")
+    code, said = release(["tag", f"v{version()}"])
+    assert code == 1
+    assert said.startswith("release: CHANGELOG.md begins with")
+
+
 @pytest.mark.parametrize(
     ("compiler", "standard"),
     [

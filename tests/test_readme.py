@@ -1,8 +1,10 @@
 """Everything that the pages show is true: their programs run, their commands and their files exist.
 
-    python   is a program of its own: it runs in an empty directory, and a warning is an error
+    python   is a program of its own: it runs in an empty directory, and a warning is an error. One that joins a process
+             group runs under torchrun, in two processes
     c        is one too: it compiles without a warning, runs with the kernel, and returns 0
     sh       is checked: every command is one that this file knows; its targets, extras and files exist
+    text     is a drawing, or what a program has printed
 
 A block of any other language fails.
 """
@@ -12,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -22,11 +25,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("adapters/*/README.md"))]
+    for folder in (".", "autoclip_core", "adapters", "adapters/*", "csrc", "bench")
+    for path in sorted(ROOT.glob(f"{folder}/README.md"))
 }
 every_page = pytest.mark.parametrize("page", PAGES)
 
-LANGUAGES = {"python", "c", "sh"}
+LANGUAGES = {"python", "c", "sh", "text"}
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>.*)\n(?P<code>(?:.*\n)*?)(?P=indent)```[ \t]*$", re.MULTILINE)
 
@@ -96,7 +100,13 @@ def run_c(compiler, kernel, tmp_path):
 @blocks_of("python")
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_python(block)
+    if "init_process_group" in block.code:
+        (tmp_path / "train.py").write_text(block.code, encoding="utf-8")
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
+        done = subprocess.run(torchrun, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+    else:
+        run_python(block)
 
 
 @blocks_of("c")
@@ -142,7 +152,7 @@ def expect_cc(arguments):
     sources = [argument for argument in arguments if argument.endswith((".c", ".h"))]
     assert sources
     for source in sources:
-        assert (ROOT / source).is_file() or (ROOT / "csrc/examples" / source).is_file(), f"there is no {source}"
+        assert any(ROOT.glob(source)) or (ROOT / "csrc/examples" / source).is_file(), f"there is no {source}"
 
 
 def expect_cmake(arguments):
@@ -172,6 +182,7 @@ COMMANDS = {
     "cc": expect_cc,
     "cmake": expect_cmake,
     "git": expect_anything,
+    "torchrun": expect_anything,
     "cd": expect_anything,
     "pkg-config": expect_anything,
 }
@@ -213,6 +224,11 @@ def test_files_that_a_page_links_exist(page):
     targets = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", PAGES[page]))
     local = [target for target in targets if not re.match(r"https?:", target)]
     assert [target for target in local if not (ROOT / page).parent.joinpath(target).is_file()] == []
+
+
+def test_first_page_links_every_other():
+    targets = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", PAGES["README.md"])}
+    assert {page for page in PAGES if page != "README.md" and (ROOT / page).resolve() not in targets} == set()
 
 
 def test_page_shows_each_way_of_use():
@@ -310,7 +326,11 @@ def test_commands_that_do_not_exist_are_refused(line):
 
 
 def test_tables_are_those_of_the_results():
-    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", PAGES["README.md"])
+    tables = [
+        (page, *found)
+        for page, text in PAGES.items()
+        for found in re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", text)
+    ]
     assert tables
-    for source, table in tables:
-        assert table in (ROOT / source).read_text(encoding="utf-8"), f"the table from {source} is out of date"
+    for page, source, table in tables:
+        assert table in (ROOT / source).read_text(encoding="utf-8"), f"{page}: the table from {source} is out of date"

@@ -25,7 +25,7 @@ KERNEL = ROOT / "csrc/src"
 # autoclip_core` is cheap.
 MAY_IMPORT = {
     "autoclip_core/__init__.py": "_backend arrays clip errors history",
-    "autoclip_core/__main__.py": "_backend errors history replay [autoclip_core] [numpy] [plot]",
+    "autoclip_core/__main__.py": "__version__ _backend errors history replay [numpy] [plot]",
     "autoclip_core/_backend.py": "errors",
     "autoclip_core/_native.py": "_kernel errors [numpy]",
     "autoclip_core/_numba.py": "errors numba numpy",

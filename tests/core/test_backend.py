@@ -100,3 +100,12 @@ def test_backends_without_c_say_so(backend):
             kernel_library()
         with pytest.raises(BackendError, match=r'NormHistory\(backend="native"\)'):
             _ = NormHistory().shared_id
+
+
+def test_sources_without_a_kernel_say_that_they_are_sources(run_python):
+    root = HERE.parent.parent
+    code = f"import sys; sys.path.insert(0, {str(root)!r})\n" + TRY.format(arguments='backend="native"')
+    said = run_python(code)
+    if said == "native\n":
+        pytest.skip("an editable install has its kernel beside the sources")
+    assert f"imported from its sources in {root}" in said

@@ -12,13 +12,14 @@ import autoclip_core
 from autoclip_core import NormHistory
 
 
-def autoclip(*arguments, columns=120, **environment):
+def autoclip(*arguments, columns=120, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-P", "-m", "autoclip_core", *map(str, arguments)],
         capture_output=True,
         text=True,
         encoding="utf-8",
         check=False,
+        cwd=cwd,
         env={**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8", **environment},
     )
 
@@ -39,10 +40,17 @@ def test_replay_prints_one_row_per_setting(norms):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"grad_norm in {norms}: 502 steps, ")
     assert lines[1] == "not remembered: 1 zero, 1 nonfinite"
-    first = [line.split()[0] for line in lines[3:-2]]
-    assert first == ["threshold", *["p"] * 10, "fixed"]
+    first = [line.split()[0] for line in lines[3 : lines.index("", 3)]]
+    assert first == ["setting", *["p"] * 10, "fixed"]
     assert sum("last 50" in line for line in lines) == sum("whole" in line for line in lines) == 5
     assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_table_fits_a_small_terminal(columns, norms):
+    done = autoclip("replay", norms.name, "-w", 500, columns=columns, cwd=norms.parent)
+    assert done.stdout.splitlines()[3].split()[:2] == ["setting", "history"]
+    assert max(map(len, done.stdout.splitlines())) <= columns
 
 
 def test_replay_prints_json(norms):
@@ -95,7 +103,8 @@ def test_info_tells_what_is_installed():
     assert content["backend"].startswith(NormHistory().backend)
     assert content["backend native"].startswith("ABI 1, ")
     assert content["backend numba"].startswith("numba ")
-    assert content.keys() >= {"Python", "autoclip_torch", "autoclip_jax", "optax"}
+    assert content.keys() >= {"Python", "autoclip_torch", "autoclip_jax", "tensorboard"}
+    assert autoclip("--version").stdout == f"autoclip-core {autoclip_core.__version__}\n"
 
 
 def test_info_tells_who_chose_the_backend(backend):
@@ -141,6 +150,7 @@ def test_inspect_shows_the_smallest_histories(norms, tmp_path):
         (["replay", "broken.csv"], "broken.csv"),
         (["replay", "metrics.csv", "-p", "101"], "101"),
         (["replay", "metrics.csv", "-w", "0"], "window"),
+        (["replay", "metrics.csv", "--fixed", "0"], "above 0"),
         (["replay", "metrics.csv", "-c", "loss"], "it has 'step', 'grad_norm'"),
         (["inspect", "broken.csv"], "snapshot"),
         (["inspect", "absent.ach"], "absent.ach"),

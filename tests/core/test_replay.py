@@ -77,6 +77,8 @@ def test_norms_that_are_none_are_refused(norms, says):
 def test_percentile_that_is_none_is_refused(norms):
     with pytest.raises(AutoClipValueError, match="101"):
         replay(norms, [101.0])
+    with pytest.raises(AutoClipValueError, match=r"above 0, but -1\.0"):
+        replay(norms, fixed=[-1.0])
     with pytest.raises(AutoClipValueError, match="window"):
         replay(norms, windows=[0])
 
@@ -85,6 +87,9 @@ LIGHTNING = "epoch,grad_norm,step,val_loss\n0,2.5,0,\n0,,0,0.7\n0,nan,1,\n1,0.5,
 FILES = {
     "metrics.csv": (LIGHTNING, "grad_norm", [2.5, nan, 0.5]),
     "spaces.csv": ("step, Grad_Norm \n0, 1.5\n1, inf\n", " Grad_Norm ", [1.5, inf]),
+    "tabs.csv": ("step\tgrad_norm\n0\t1.5\n1\t2.5\n", "grad_norm", [1.5, 2.5]),
+    "semicolons.csv": ("\n\nstep;grad_norm\n0;1.5\n", "grad_norm", [1.5]),
+    "signed.csv": ("\ufeffgrad_norm,step\n1.5,0\n", "grad_norm", [1.5]),
     "alone.csv": ("1.5\n2.5\n\n3.5\n", "norm", [1.5, 2.5, 3.5]),
     "named.csv": ("norm\n1.5\n2.5\n", "norm", [1.5, 2.5]),
     "likely.csv": ("step,train_GradNorm_total\n0,1.5\n", "train_GradNorm_total", [1.5]),
@@ -124,9 +129,17 @@ def test_column_may_be_named(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int32"])
 def test_norms_are_read_from_arrays(dtype, tmp_path):
-    np.save(tmp_path / "norms.npy", np.array([[1, 2], [3, 4]], dtype))
-    norms, name = read_norms(tmp_path / "norms.npy")
-    assert (norms.dtype, norms.tolist(), name) == (np.float64, [1.0, 2.0, 3.0, 4.0], "norms")
+    for shape in ((4,), (4, 1), (1, 4)):
+        np.save(tmp_path / "norms.npy", np.array([1, 2, 3, 4], dtype).reshape(shape))
+        norms, name = read_norms(tmp_path / "norms.npy")
+        assert (norms.dtype, norms.tolist(), name) == (np.float64, [1.0, 2.0, 3.0, 4.0], "norms")
+
+
+@pytest.mark.parametrize("array", [np.ones((3, 2)), np.array(["a"]), np.array(1.0)])
+def test_arrays_of_other_things_are_refused(array, tmp_path):
+    np.save(tmp_path / "norms.npy", array)
+    with pytest.raises(AutoClipValueError, match="not one norm per step"):
+        read_norms(tmp_path / "norms.npy")
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
@@ -148,8 +161,19 @@ def test_norms_are_read_from_tensorboard(as_tensors, tmp_path, absent):
         loss = Summary.Value(tag="loss", simple_value=9.0)
         writer.add_event(Event(step=step, wall_time=step, summary=Summary(value=[value, loss])))
     writer.close()
-    norms, name = read_norms(tmp_path)
-    assert (norms.tolist(), name) == ([1.5, 2.5, 0.5], "train/grad_norm")
+    [file] = tmp_path.iterdir()
+    for path in (tmp_path, file):
+        norms, name = read_norms(path)
+        assert (norms.tolist(), name) == ([1.5, 2.5, 0.5], "train/grad_norm")
+
+
+def test_folder_without_events_names_what_it_holds(tmp_path):
+    with pytest.raises(AutoClipValueError, match=r"without TensorBoard events\.$"):
+        read_norms(tmp_path)
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0/metrics.csv").write_text(LIGHTNING, encoding="utf-8")
+    with pytest.raises(AutoClipValueError, match=r"did you mean .*metrics.csv\?"):
+        read_norms(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +188,8 @@ def test_norms_are_read_from_tensorboard(as_tensors, tmp_path, absent):
         ("a.json", "[1, 2", "not JSON"),
         ("a.json", '{\n "log_history": 3}', "no list"),
         ("a.json", "{", "line 1"),
-        ("a.json", '["x"]', "nothing"),
+        ("a.json", '["x"]', "no named numbers"),
+        ("a.csv", "PK\0", "not text"),
         ("a.npy", "not an array", "not a .npy file"),
     ],
 )
