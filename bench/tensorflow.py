@@ -89,8 +89,8 @@ def options_of(subject: Subject, norms: Norms) -> dict[str, Any]:
 
 def fill(clip: AutoClip | AutoClipOptimizer, norms: Norms) -> None:
     """Put norms into the variables, oldest first."""
-    for name, values in (("ascending", np.sort(norms)), ("ring", norms), ("recorded_steps", len(norms))):
-        clip._state[name].assign(values)
+    clip._state["norms"].assign(np.array([np.sort(norms), norms]))
+    clip._state["counts"].assign([0, len(norms), 0, 0])
 
 
 class Trainer:

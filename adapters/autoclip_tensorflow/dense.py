@@ -1,14 +1,62 @@
-"""Gradients as AutoClip needs them where Keras runs on JAX or PyTorch: their global norm, and scaled."""
+"""A clipping step where Keras runs on JAX or PyTorch: the norm of gradients, the step itself, and scaled gradients."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
+from autoclip_core import BackendError, NormHistory
+from autoclip_tensorflow.state import window_step
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from autoclip_tensorflow.state import Options
+
+if keras.config.backend() == "torch":
+    from autoclip_tensorflow import direct
+else:
+    direct = None  # type: ignore[assignment] # a compiled program cannot call
+
+# Keras by the names that autoclip_core.arrays uses.
+_XP = SimpleNamespace(
+    arange=ops.arange,
+    astype=ops.cast,
+    concat=ops.concatenate,
+    float32="float32",
+    full=ops.full,
+    int32="int32",
+    isfinite=ops.isfinite,
+    maximum=ops.maximum,
+    minimum=ops.minimum,
+    stack=ops.stack,
+    take=ops.take,
+    where=ops.where,
+)
+
+
+def check_history(history: NormHistory) -> None:
+    """Raise BackendError, which says what serves instead, if steps on this backend cannot reach this history."""
+    if direct is None:
+        raise BackendError(
+            "history= serves on Keras's TensorFlow and PyTorch backends, and this is its "
+            f"{keras.config.backend()} backend; leave it out, and variables keep the last `window` norms."
+        )
+    direct.check_history(history)
+
+
+def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: Any) -> Any:
+    """Let the norm of a gradient enter the history, change the variables, and return the scale."""
+    if direct is not None and direct.serves(variables["norms"].value):
+        return direct.take_step(options, {key: variable.value for key, variable in variables.items()}, norm)
+    state = {key: variable.value for key, variable in variables.items()}
+    *after, scale = window_step(_XP, options, state, norm)
+    for key, value in zip(("norms", "counts", "last"), after, strict=True):
+        variables[key].assign(value)
+    return scale
 
 
 def global_norm(grads: Sequence[Any]) -> Any:
@@ -22,6 +70,8 @@ def scaled(grad: Any, scale: Any) -> Any:
     if grad is None:
         return None
     wide = _wide(grad)
+    if isinstance(scale, float):
+        return ops.cast(wide * scale if scale > 0.0 else ops.zeros_like(wide), grad.dtype)
     return ops.cast(ops.where(scale > 0.0, wide * ops.cast(scale, wide.dtype), 0.0), grad.dtype)
 
 

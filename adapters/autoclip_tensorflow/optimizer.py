@@ -14,39 +14,23 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
-from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, NormHistory, StateError
-from autoclip_tensorflow.state import DEFAULT_WINDOW, METRICS, Options, check_options, initial_state, take_step
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
+from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
 
 if keras.config.backend() == "tensorflow":
     from autoclip_tensorflow.gradients import global_norm, scaled
+    from autoclip_tensorflow.kernel import check_history, take_step
 else:
-    from autoclip_tensorflow.dense import global_norm, scaled
+    from autoclip_tensorflow.dense import check_history, global_norm, scaled, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-# Keras by the names that autoclip_core.arrays uses.
-_XP = SimpleNamespace(
-    arange=ops.arange,
-    astype=ops.cast,
-    concat=ops.concatenate,
-    float32="float32",
-    full=ops.full,
-    int32="int32",
-    isfinite=ops.isfinite,
-    maximum=ops.maximum,
-    minimum=ops.minimum,
-    take=ops.take,
-    where=ops.where,
-)
-
 
 @keras.saving.register_keras_serializable("autoclip")
 class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # keras has no types
@@ -103,7 +87,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
     ) -> None:
         _check_inner(inner_optimizer)
         options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
-        observe_history = _history_observer(options)
+        if history is not None:
+            check_history(history)
         if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
             raise AutoClipValueError(
                 "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
@@ -112,15 +97,31 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         super().__init__(learning_rate=0.0, name=name)  # its own rate is never used
         self.inner_optimizer = inner_optimizer
         self._options = options
-        self._observe_history = observe_history
         self._accumulation_steps = gradient_accumulation_steps
         self._accumulated: dict[int, keras.Variable] = {}
         self._state = {
             key: self.add_variable(
-                shape, partial(_filled, value=value), dtype, aggregation="only_first_replica", name=key
+                value.shape,
+                partial(_values, value=value),
+                value.dtype.name,
+                aggregation="only_first_replica",
+                name=key,
             )
-            for key, (shape, dtype, value) in initial_state(options).items()
+            for key, value in initial_state(options, percentile).items()
         }
+
+    @property
+    def percentile(self) -> float:
+        """The percentile, from 0 to 100. Assign to change it from the next step on, compiled steps included.
+
+        During `fit` on the JAX backend a value is taken at the beginning and at the end of an epoch, as one for the
+        learning rate is.
+        """
+        return arrays.percentile_of_digits(ops.convert_to_numpy(self._state["percentile"]).tolist())
+
+    @percentile.setter
+    def percentile(self, percentile: float) -> None:
+        self._state["percentile"].assign(digits_of(percentile))
 
     @property
     def history(self) -> NormHistory | None:
@@ -134,7 +135,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
             `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
         """
-        return {key: ops.convert_to_tensor(self._state[key]) for key in METRICS}
+        return metrics_of({key: ops.convert_to_tensor(variable) for key, variable in self._state.items()})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Make the variables of both optimizers."""
@@ -164,12 +165,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             self._clip_and_apply(grads, trainable_variables)
 
     def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
-        norm = global_norm(grads)
-        state = {key: ops.convert_to_tensor(variable) for key, variable in self._state.items()}
-        state = take_step(_XP, self._options, state, norm, self._observe_history)
-        for key, value in state.items():
-            self._state[key].assign(value)
-        self.inner_optimizer.apply([scaled(grad, state["clip_scale"]) for grad in grads], variables)
+        scale = take_step(self._options, self._state, global_norm(grads))
+        self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
         totals = [self._accumulated[id(variable)] for variable in variables]
@@ -245,8 +242,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             raise StateError(
                 f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
             )
-        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["ring"])
-        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at), 0))
+        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["norms"])
+        window, saved_window = self._state["norms"].shape[-1], np.shape(state.get(str(at), [0]))[-1]
         if len(state) == len(self.variables) and window != saved_window:
             raise StateError(
                 f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it "
@@ -262,6 +259,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """Return what `from_config` takes; of a history only that there is one."""
         return {
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "percentile": self.percentile,
             **self._options._asdict(),
             "history": self.history is not None,
             "gradient_accumulation_steps": self._accumulation_steps,
@@ -305,19 +303,5 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _history_observer(options: Options) -> Callable[..., Any] | None:
-    if options.history is None:
-        return None
-    if keras.config.backend() != "tensorflow":
-        raise BackendError(
-            f"history= serves on Keras's TensorFlow backend, and this is its {keras.config.backend()} backend; leave "
-            "it out, and variables keep the last `window` norms."
-        )
-    from autoclip_tensorflow import kernel
-
-    kernel.check_history(options.history)
-    return partial(kernel.observe, options.history, percentile=options.percentile)
-
-
-def _filled(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
-    return ops.full(shape, value, dtype)
+def _values(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
+    return ops.convert_to_tensor(value, dtype)
