@@ -113,7 +113,7 @@ def percentile_digits(xp: Any, percentile: Any) -> list[Any]:
 
 def percentile_of_digits(digits: Iterable[int]) -> float:
     """Return the percentile that `percentile_digits` took apart."""
-    return sum(digit / _BASE**place for place, digit in enumerate(digits))
+    return sum((digit / float(_BASE) ** place for place, digit in enumerate(digits)), 0.0)
 
 
 def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:

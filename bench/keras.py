@@ -13,6 +13,7 @@ from autoclip_core import NormHistory
 from bench.common import (
     CONSTANT,
     Measurements,
+    Options,
     StepSubject,
     measure_steps,
     norms_like,
@@ -33,12 +34,12 @@ def subjects_of(backend: str) -> list[StepSubject]:
     return [
         StepSubject(kind, CONSTANT, 0, "constant"),
         StepSubject(kind, "AutoClipOptimizer in variables", 10_000, "window", target),
-        *(
-            [StepSubject(kind, "AutoClipOptimizer in the tree", 1_000_000, "tree", target)]
-            if backend != "jax"
-            else []
-        ),
+        *([StepSubject(kind, "AutoClipOptimizer in the tree", 1_000_000, "tree", target)] if backend != "jax" else []),
     ]
+
+
+def steps_of(options: Options) -> int:
+    return 40 if options.quick else 500
 
 
 def make_model() -> keras.Model:
@@ -113,7 +114,7 @@ def measure(*, quick: bool, rounds: int, steps: int) -> Measurements:
 def main() -> None:
     options = parse(parser(__doc__, rounds=15))
     say(f"python -m bench keras, on {BACKEND}")
-    measured = measure(quick=options.quick, rounds=options.rounds, steps=50 if options.quick else 500)
+    measured = measure(quick=options.quick, rounds=options.rounds, steps=steps_of(options))
     print(*measured.lines(), sep="\n")
 
 

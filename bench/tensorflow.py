@@ -32,15 +32,15 @@ from bench.common import (
     step_rows,
     table,
 )
-from bench.keras import Norms, draw_norms, fill, make_batches, make_model, options_of, subjects_of
+from bench.keras import Norms, draw_norms, fill, make_batches, make_model, options_of, steps_of, subjects_of
 
 OPENING = """\
 What this isolates: what clipping adds to one training step of a small network that TensorFlow runs on the CPU as a
 graph. Every subject trains the same network on the same batches and differs in its clipping alone; the learning rate is
 next to nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses
-its oldest norm at every step, and new norms fall among the old ones. Subjects take turns in each of {rounds} rounds, and
-each number is a median of them. "Ratio" and "more" are the medians of the ratios and of the differences to the constant
-threshold of the same round and the same kind of loop."""
+its oldest norm at every step, and new norms fall among the old ones. Subjects take turns in each of {rounds} rounds of
+{steps} steps, and each number is a median of them. "Ratio" and "more" are the medians of the ratios and of the
+differences to the constant threshold of the same round and the same kind of loop."""
 
 KINDS = {
     "step": "a `tf.function` step with `tf.GradientTape` and SGD with momentum, called from Python; the constant "
@@ -135,9 +135,9 @@ def rows_of(measured: Measurements) -> list[list[str]]:
 HEADER = ["microseconds per step", "in all", "ratio", "more", "target"]
 
 
-def report(measured: Measurements, facts: dict[str, str], *, rounds: int, quick: bool) -> str:
+def report(measured: Measurements, facts: dict[str, str], *, rounds: int, steps: int, quick: bool) -> str:
     """The Markdown page."""
-    parts = ["# AutoClip in a TensorFlow training step", OPENING.format(rounds=rounds)]
+    parts = ["# AutoClip in a TensorFlow training step", OPENING.format(rounds=rounds, steps=steps)]
     if quick:
         parts.append(QUICK_NOTE)
     parts += [
@@ -150,13 +150,14 @@ def report(measured: Measurements, facts: dict[str, str], *, rounds: int, quick:
 
 def main() -> None:
     options = parse(parser(__doc__, rounds=15))
+    steps = steps_of(options)
     facts = machine_facts(["tensorflow-cpu", "keras", "jax", "torch"])
     say("python -m bench tensorflow")
-    measured = measure(quick=options.quick, rounds=options.rounds, steps=40 if options.quick else 500)
+    measured = measure(quick=options.quick, rounds=options.rounds, steps=steps)
     for backend in BACKENDS:
         measured.update(measure_fit(backend, options))
     measured.write(options.output / "tensorflow.csv")
-    page = report(measured, facts, rounds=options.rounds, quick=options.quick)
+    page = report(measured, facts, rounds=options.rounds, steps=steps, quick=options.quick)
     (options.output / "tensorflow.md").write_text(page, encoding="utf-8")
     print(table(HEADER, rows_of(measured)))
     say(f"written: tensorflow.csv and tensorflow.md in {options.output}")

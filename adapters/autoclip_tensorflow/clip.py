@@ -21,6 +21,7 @@ from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, 
 if TYPE_CHECKING:
     from autoclip_core import NormHistory
 
+
 class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
     r"""Clip gradients to a percentile of the gradient norms seen so far.
 
@@ -75,9 +76,7 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         if history is not None:
             kernel.check_history(history)
         self._state = {
-            key: tf.Variable(
-                value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
-            )
+            key: tf.Variable(value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             for key, value in initial_state(self._options, percentile).items()
         }
 

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
     from autoclip_tensorflow.state import Options
 
-if keras.config.backend() == "torch":
-    from autoclip_tensorflow import direct
-else:
-    direct = None  # type: ignore[assignment] # a compiled program cannot call
-
 # Keras by the names that autoclip_core.arrays uses.
 _XP = SimpleNamespace(
     arange=ops.arange,
@@ -40,19 +35,27 @@ _XP = SimpleNamespace(
 
 def check_history(history: NormHistory) -> None:
     """Raise BackendError, which says what serves instead, if steps on this backend cannot reach this history."""
-    if direct is None:
+    if keras.config.backend() == "jax":
         raise BackendError(
-            "history= serves on Keras's TensorFlow and PyTorch backends, and this is its "
-            f"{keras.config.backend()} backend; leave it out, and variables keep the last `window` norms."
+            "history= serves on Keras's TensorFlow and PyTorch backends, and this is its jax backend; leave it out, "
+            "and variables keep the last `window` norms."
         )
-    direct.check_history(history)
+    _ = history.shared_id  # not every backend has one
 
 
 def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: Any) -> Any:
     """Let the norm of a gradient enter the history, change the variables, and return the scale."""
-    if direct is not None and direct.serves(variables["norms"].value):
-        return direct.take_step(options, {key: variable.value for key, variable in variables.items()}, norm)
     state = {key: variable.value for key, variable in variables.items()}
+    if keras.config.backend() == "torch":
+        from autoclip_tensorflow import direct
+
+        if direct.serves(state["norms"]):
+            return direct.take_step(options, state, norm)
+        if options.history is not None:
+            raise BackendError(
+                "history= serves where PyTorch has the variables on the CPU and the kernel is compiled; leave it out, "
+                "and variables keep the last `window` norms."
+            )
     *after, scale = window_step(_XP, options, state, norm)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autoclip_core import BackendError, NormHistory, StateError, kernel_library
+from autoclip_core import BackendError, StateError, kernel_library
 from autoclip_tensorflow.state import rule_of
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ def serves(norms: torch.Tensor) -> bool:
     return norms.device.type == "cpu" and _library() is not None
 
 
-def check_history(history: NormHistory) -> None:
-    """Raise BackendError, which says what serves instead, if the kernel cannot reach this history."""
-    _ = history.shared_id  # not every backend has one
-
-
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_step(options: Options, state: Mapping[str, torch.Tensor], norm: torch.Tensor) -> float:
     """Change the variables in their own memory, and return the scale."""
     library: Any = _library()

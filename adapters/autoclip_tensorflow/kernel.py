@@ -2,8 +2,8 @@
 
 What shaped this module:
 
-- One op does the whole step, because each op costs a graph microseconds. XLA knows it not, and other devices do not have
-  it: they take the step in TensorFlow's ops.
+- One op does the whole step, because each op costs a graph microseconds. XLA does not know it and other devices do not
+  have it, so there the step is taken in TensorFlow's ops.
 - The op lives in the core's own library, for there is one table of histories per process. TensorFlow never loads that
   library, and it is not linked to TensorFlow: it is told where TensorFlow's functions are, and registers its op through
   them.

@@ -32,6 +32,7 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+
 @keras.saving.register_keras_serializable("autoclip")
 class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # keras has no types
     r"""Clip gradients to a percentile of the gradient norms seen so far, then let another optimizer apply them.
@@ -102,7 +103,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         self._state = {
             key: self.add_variable(
                 value.shape,
-                partial(_values, value=value),
+                partial(_constant, value=value),
                 value.dtype.name,
                 aggregation="only_first_replica",
                 name=key,
@@ -303,5 +304,5 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _values(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
-    return ops.convert_to_tensor(value, dtype)
+def _constant(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
+    return ops.reshape(ops.convert_to_tensor(value, dtype), shape)

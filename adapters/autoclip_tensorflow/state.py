@@ -131,9 +131,11 @@ def window_step(xp: Any, options: Options, state: Mapping[str, Any], norm: Any) 
         max_threshold=inf if options.max_threshold is None else options.max_threshold,
     )
     nonfinite = xp.astype(~xp.isfinite(norm), xp.int32)
-    steps = xp.stack([counts[0] + 1, counts[1] + enters, counts[2] + xp.astype(clipped, xp.int32), counts[3] + nonfinite])
+    counts = xp.stack(
+        [counts[0] + 1, counts[1] + enters, counts[2] + xp.astype(clipped, xp.int32), counts[3] + nonfinite]
+    )
     last = xp.stack([norm, threshold, scale, xp.astype(clipped, xp.float32)])
-    return xp.stack([ascending, ring]), steps, last, scale
+    return xp.stack([ascending, ring]), counts, last, scale
 
 
 def rule_of(options: Options) -> tuple[NDArray[np.int64], float]:
