@@ -34,15 +34,12 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def serves(norms: torch.Tensor) -> bool:
-    """Return whether the kernel can be called for variables that are where this one is."""
-    return norms.device.type == "cpu" and _library() is not None
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def take_step(options: Options, state: Mapping[str, torch.Tensor], norm: torch.Tensor) -> float:
-    """Change the variables in their own memory, and return the scale."""
+def take_step(options: Options, state: Mapping[str, torch.Tensor], norm: torch.Tensor) -> float | None:
+    """Change the variables in their own memory, and return the scale; None where the kernel cannot be called."""
     library: Any = _library()
+    if library is None or state["norms"].device.type != "cpu":
+        return None
     rule, cap = rule_of(options)
     norms, counts, last = state["norms"], state["counts"], state["last"]
     status = library.autoclip_arrays_step(

@@ -4,8 +4,7 @@ What shaped this module, and must stay true:
 
 - Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
-  schedule, its weight decay and the backend's fast path stay as they are. Of the base class one private name is read,
-  `_trainable_variables`.
+  schedule, its weight decay and the backend's fast path stay as they are.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
 - The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
   counts.
@@ -24,10 +23,10 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, St
 from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.gradients import global_norm, scaled
+    from autoclip_tensorflow.gradients import count_replicas, global_norm, scaled
     from autoclip_tensorflow.kernel import check_history, take_step
 else:
-    from autoclip_tensorflow.dense import check_history, global_norm, scaled, take_step
+    from autoclip_tensorflow.dense import check_history, count_replicas, global_norm, scaled, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +57,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             the inner optimizer still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
         gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one
-            norm; on one replica only, as in Keras itself.
+            norm; on one replica only.
         name: the name of the optimizer.
 
     Raises:
@@ -66,9 +65,9 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         BackendError: a history was given, and it cannot be reached by the kernel.
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    >>> model.compile(AutoClipOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
-    >>> model.optimizer.learning_rate.numpy()
-    np.float32(0.001)
+    >>> model.compile(AutoClipOptimizer(keras.optimizers.Adam(0.125)), loss="mse")
+    >>> float(model.optimizer.learning_rate)
+    0.125
 
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
@@ -99,7 +98,6 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         self.inner_optimizer = inner_optimizer
         self._options = options
         self._accumulation_steps = gradient_accumulation_steps
-        self._accumulated: dict[int, keras.Variable] = {}
         self._state = {
             key: self.add_variable(
                 value.shape,
@@ -139,12 +137,23 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         return metrics_of({key: ops.convert_to_tensor(variable) for key, variable in self._state.items()})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Make the variables of both optimizers."""
+        """Make the variables of both optimizers.
+
+        Raises:
+            AutoClipValueError: gradients are to be accumulated on several replicas.
+        """
+        if self._accumulation_steps and count_replicas() > 1:
+            raise AutoClipValueError(
+                f"gradient_accumulation_steps={self._accumulation_steps} serves on one replica, but there are "
+                f"{count_replicas()}; leave it out, and give each of them larger batches."
+            )
         self.inner_optimizer.build(variables)
+        self._built_for = list(variables)
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
-            accumulated = self.add_optimizer_variables(variables, "accumulated_gradient")
-            self._accumulated = {id(variable): total for variable, total in zip(variables, accumulated, strict=True)}
+            self._accumulated = [
+                self.add_variable_from_reference(variable, "accumulated_gradient") for variable in variables
+            ]
         super().build(variables)
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[keras.Variable] | None = None) -> None:
@@ -161,7 +170,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
         if self._accumulation_steps and grads:
-            self._accumulate_and_apply(grads, trainable_variables or self._trainable_variables)
+            self._accumulate_and_apply(grads, trainable_variables or self._built_for)
         else:
             self._clip_and_apply(grads, trainable_variables)
 
@@ -170,7 +179,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
-        totals = [self._accumulated[id(variable)] for variable in variables]
+        total_of = {id(variable): total for variable, total in zip(self._built_for, self._accumulated, strict=True)}
+        totals = [total_of[id(variable)] for variable in variables]
         sums = [
             None if grad is None else ops.add(total, ops.convert_to_tensor(grad))
             for total, grad in zip(totals, grads, strict=True)

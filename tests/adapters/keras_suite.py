@@ -29,10 +29,13 @@ RATE = 0.05
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of the TensorFlow backend")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="of the PyTorch backend")
 not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="a compiled program of JAX cannot call")
-not_on_torch = pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it")
+not_on_torch = pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it, or needs further packages")
 
-# Keras's variables do not know numpy's newest keyword.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# Keras's variables do not know numpy's newest keyword; PyTorch's compiler uses what PyTorch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 
 def make_data(batches=24, size=8):
@@ -121,9 +124,7 @@ def assert_same_state(one, other):
     [
         {},
         {"run_eagerly": True},
-        pytest.param(
-            {"jit_compile": True}, marks=pytest.mark.skipif(BACKEND == "torch", reason="that is torch.compile")
-        ),
+        {"jit_compile": True},
         pytest.param({"steps_per_execution": 5}, marks=not_on_torch),
     ],
     ids=str,
@@ -132,6 +133,12 @@ def test_fit_is_that_of_a_loop_by_hand(options):
     model = make_model(make_optimizer(), **options)
     fit(model, epochs=2)
     assert_like_reference(model, reference(epochs=2))
+
+
+@on_torch
+def test_steps_per_execution_are_refused_by_keras():
+    with pytest.raises(ValueError, match="steps_per_execution"):
+        fit(make_model(make_optimizer(), steps_per_execution=5))
 
 
 def test_clipping_is_not_per_tensor():
@@ -307,7 +314,7 @@ def test_config_makes_an_equal_optimizer():
     assert keras.optimizers.serialize(keras.optimizers.deserialize(config)) == config
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports from torch with further packages only")
+@not_on_torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_model_is_exported_without_its_optimizer(tmp_path):
     model = make_model(make_optimizer())
@@ -320,10 +327,12 @@ def test_model_is_exported_without_its_optimizer(tmp_path):
 
 
 @on_tensorflow
-def test_checkpoint_of_tensorflow_holds_all(tmp_path):
+@pytest.mark.parametrize("accumulate", [None, 5])
+def test_checkpoint_of_tensorflow_holds_all(accumulate, tmp_path):
     import tensorflow as tf
 
-    model, other = (make_model(make_optimizer(keras.optimizers.Adam(RATE))) for _ in range(2))
+    inner = partial(keras.optimizers.Adam, RATE)
+    model, other = (make_model(make_optimizer(inner(), gradient_accumulation_steps=accumulate)) for _ in range(2))
     fit(model)
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "checkpoint")
     other.optimizer.build(other.trainable_variables)
@@ -572,6 +581,26 @@ print(float(optimizer.metrics()["grad_norm"]))
 
 
 # Several devices.
+
+
+@on_tensorflow
+def test_accumulation_on_several_replicas_is_refused(run_python):
+    code = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
+import keras, numpy as np, tensorflow as tf
+from autoclip_tensorflow import AutoClipOptimizer
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(AutoClipOptimizer(keras.optimizers.SGD(0.01), gradient_accumulation_steps=2), loss="mse")
+try:
+    model.fit(np.ones((8, 4)), np.ones(8), verbose=0)
+except ValueError as error:
+    print(error)
+"""
+    assert "gradient_accumulation_steps=2 serves on one replica, but there are 2" in run_python(code)
 
 
 @on_tensorflow
