@@ -21,8 +21,6 @@ from autoclip_core import (
     StateError,
 )
 
-from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
-
 BACKEND = keras.config.backend()
 RATE = 0.05
 
@@ -365,7 +363,7 @@ def step_of(optimizer, variable):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}], ids=str)
-def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):  # noqa: F811
+def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):
     special = [norm for norm in trace[9_000:12_000] if not 0 < norm < inf]
     trace = [*trace[9_800:10_020], *special, *trace[12_000:12_050]]
     assert any(not np.isfinite(norm) for norm in trace)

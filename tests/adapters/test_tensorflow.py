@@ -18,8 +18,6 @@ import pytest
 from autoclip_core import AutoClip as Core
 from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, NormHistory
 
-from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
-
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 tf = pytest.importorskip("tensorflow")
 from autoclip_tensorflow import AutoClip, kernel  # noqa: E402
@@ -47,7 +45,7 @@ def numbers(clip):
     ("mode", "percentile", "window"),
     [("graph", 10.0, None), ("graph", 75.0, 500), ("XLA", 10.0, None), ("XLA", 75.0, 500), ("tree", 10.0, None)],
 )
-def test_recorded_trace_of_the_core_gives_the_same_steps(mode, percentile, window, trace):  # noqa: F811
+def test_recorded_trace_of_the_core_gives_the_same_steps(mode, percentile, window, trace):
     trace = trace[8_000:12_000]
     core = Core(percentile, window=window)
     with warnings.catch_warnings():
@@ -75,7 +73,7 @@ def test_recorded_trace_of_the_core_gives_the_same_steps(mode, percentile, windo
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_to_call_it_takes_the_same_steps(mode, trace):  # noqa: F811
+def test_every_way_to_call_it_takes_the_same_steps(mode, trace):
     clip, call = make(mode, warmup=3, max_threshold=20.0)
     core = Core(warmup=3, max_threshold=20.0, nonfinite="pass")
     for norm in [*trace[:40], 0.0, inf, nan, *trace[40:60]]:
@@ -88,7 +86,7 @@ def test_every_way_to_call_it_takes_the_same_steps(mode, trace):  # noqa: F811
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_percentile_may_change_at_any_step(mode, trace):  # noqa: F811
+def test_percentile_may_change_at_any_step(mode, trace):
     clip, call = make(mode, 10)
     core = Core(10.0)
     for percentile, norm in zip(([10.0] * 20 + [99.9] * 20 + [0.1] * 20), trace, strict=False):
@@ -176,7 +174,7 @@ def test_ragged_variables_and_later_ones_are_welcome():
 
 
 @pytest.mark.parametrize("mode", ["graph", "XLA"])
-def test_checkpoint_resumes_to_the_bit(mode, trace, tmp_path):  # noqa: F811
+def test_checkpoint_resumes_to_the_bit(mode, trace, tmp_path):
     grads = [[tf.constant([norm])] for norm in trace[:60]]
     (through, run_through), (first, run_first) = make(mode, window=20), make(mode, window=20)
     for grad in grads[:30]:
@@ -192,7 +190,7 @@ def test_checkpoint_resumes_to_the_bit(mode, trace, tmp_path):  # noqa: F811
         tf.train.Checkpoint(clip=make(mode, window=30)[0]).restore(path)
 
 
-def test_history_resumes_beside_the_checkpoint(trace, tmp_path):  # noqa: F811
+def test_history_resumes_beside_the_checkpoint(trace, tmp_path):
     grads = [[tf.constant([norm])] for norm in trace[:60]]
     clip, call = make("tree")
     for grad in grads[:30]:
