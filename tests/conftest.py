@@ -72,7 +72,7 @@ def other_backend(backend, absent):
 
 @pytest.fixture(scope="session")
 def trace():
-    """100,000 norms in float32 like those of a real run, drifting over eight decades, with spikes, zeros, NaN and inf."""
+    """100,000 norms like those of a real run, drifting over eight decades, with spikes, zeros, NaN and infinities."""
     steps, random = 100_000, np.random.default_rng(20200914)
     decades = np.interp(np.arange(steps), np.array([0, 0.05, 0.4, 0.7, 1]) * steps, [2, -1, -3, -6, -4])
     norms = 10.0**decades * random.lognormal(0.0, 0.6, steps)

@@ -116,7 +116,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         During `fit` on the JAX backend a value is taken at the beginning and at the end of an epoch, as one for the
         learning rate is.
         """
-        return arrays.percentile_of_digits(ops.convert_to_numpy(self._state["percentile"]).tolist())
+        digits = ops.convert_to_tensor(self._state["percentile"])
+        return arrays.percentile_of_digits(ops.convert_to_numpy(digits).tolist())
 
     @percentile.setter
     def percentile(self, percentile: float) -> None:
