@@ -116,8 +116,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         During `fit` on the JAX backend a value is taken at the beginning and at the end of an epoch, as one for the
         learning rate is.
         """
-        digits = ops.convert_to_tensor(self._state["percentile"])
-        return arrays.percentile_of_digits(ops.convert_to_numpy(digits).tolist())
+        digits = self._state["percentile"]
+        return arrays.percentile_of_digits(int(digits[place]) for place in range(digits.shape[0]))
 
     @percentile.setter
     def percentile(self, percentile: float) -> None:
