@@ -350,7 +350,7 @@ def check_full_history(history: Any, window: int | None) -> None:
         AutoClipTypeError, AutoClipValueError: they are not.
     """
     if not isinstance(history, NormHistory):
-        raise AutoClipTypeError(f"history must be a NormHistory or None, but {_describe(history)} was given.")
+        raise AutoClipTypeError(f"history must be a NormHistory or None, but a {type(history).__name__} was given.")
     if history.window is not None:
         raise AutoClipValueError(
             f"history must remember every norm, but this one has window={history.window}; for a window leave out "

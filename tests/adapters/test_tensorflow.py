@@ -406,7 +406,7 @@ for history in (None, NormHistory()):
         ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in variables"),
         ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
         ({"warmup": -1}, AutoClipValueError, "warmup"),
-        ({"history": 3}, AutoClipTypeError, "history must be a NormHistory or None, but 3"),
+        ({"history": 3}, AutoClipTypeError, "history must be a NormHistory or None, but a int"),
         ({"history": NormHistory(5)}, AutoClipValueError, "give window=5"),
     ],
     ids=str,
