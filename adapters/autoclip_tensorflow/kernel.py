@@ -84,21 +84,24 @@ def take_step(options: Options, variables: Mapping[str, Any], norm: tf.Tensor) -
     """Let the norm of a gradient enter the history, change the variables, and return the scale."""
     # The kernel's op has no Python function, so it is made by its name, and only graphs do that.
     take = _take_step_eagerly if tf.executing_eagerly() else _take_step
+    rule, cap = rule_of(options)
     state = {key: tf.convert_to_tensor(variable) for key, variable in variables.items()}
-    *after, scale = take(options, state, norm)
+    # A history is known by its id: a graph that is kept for eager steps does not hold it, and serves others.
+    id_only = options._replace(history=None)
+    *after, scale = take(id_only, tf.constant(rule), tf.constant(cap, tf.float32), state, norm)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)
     return scale
 
 
-def _take_step(options: Options, state: Mapping[str, tf.Tensor], norm: tf.Tensor) -> Any:
-    def by_kernel() -> Any:
-        rule, cap = rule_of(options)
-        inputs = [tf.constant(rule), tf.constant(cap, tf.float32), state["percentile"], state["norms"]]
-        graph = tf.compat.v1.get_default_graph()
-        return tuple(graph.create_op("AutoClipStep", [*inputs, state["counts"], norm], name=_NODE).outputs)
+def _take_step(
+    options: Options, rule: tf.Tensor, cap: tf.Tensor, state: Mapping[str, tf.Tensor], norm: tf.Tensor
+) -> Any:
+    def by_kernel() -> tuple[tf.Tensor, ...]:
+        inputs = [rule, cap, state["percentile"], state["norms"], state["counts"], norm]
+        return tuple(tf.compat.v1.get_default_graph().create_op("AutoClipStep", inputs, name=_NODE).outputs)
 
-    if options.history is not None:
+    if state["norms"].shape.rank == 1:  # a history has the others
         return by_kernel()
     by_operations = partial(window_step, _XP, options, state, norm)
     if _obstacle():

@@ -50,8 +50,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
             takes 8 bytes per norm. At most 2**24.
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
-            the process may read it or push to it. On the TensorFlow backend, not with `jit_compile=True`. A `.keras`
-            file holds it, `tf.train.Checkpoint` does not.
+            the process may read it or push to it. On the TensorFlow backend without `jit_compile=True`, and on the
+            PyTorch backend with variables on the CPU. A `.keras` file holds it, `tf.train.Checkpoint` does not.
         warmup: do not clip before this many norms have been remembered.
         nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of
             the inner optimizer still act. "pass": nothing.

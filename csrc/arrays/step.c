@@ -56,18 +56,18 @@ float autoclip_window_observe(float *norms, size_t window, size_t remembered, fl
     return (float)percentile_between(low, high, position - (double)rank);
 }
 
-static autoclip_status observe_history(uint64_t id, uint64_t step, float *last, float norm, double percentile,
-                                       float *found) {
-    double threshold = INFINITY;
+autoclip_status autoclip_tree_observe(uint64_t history, uint64_t remembered, float *last, float norm, double percentile,
+                                      float *threshold) {
+    double found = INFINITY;
     autoclip_status status;
     if (isfinite(norm)) {
-        status = autoclip_shared_observe_step(id, step, (double)*last, (double)norm, percentile, &threshold);
+        status = autoclip_shared_observe_step(history, remembered, (double)*last, (double)norm, percentile, &found);
         if (status == AUTOCLIP_OK) *last = norm;
     } else {
-        status = autoclip_shared_percentile(id, percentile, &threshold);
+        status = autoclip_shared_percentile(history, percentile, &found);
         if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
     }
-    *found = (float)threshold;
+    *threshold = (float)found;
     return status;
 }
 
@@ -84,7 +84,8 @@ autoclip_status autoclip_arrays_step(const autoclip_rule *rule, float max_thresh
     float threshold;
     if (rule->history != 0) {
         const uint64_t id = (uint64_t)rule->history;
-        const autoclip_status status = observe_history(id, entered_before, norms, remembered, percentile, &threshold);
+        const autoclip_status status =
+            autoclip_tree_observe(id, entered_before, norms, remembered, percentile, &threshold);
         if (status != AUTOCLIP_OK) return status;
     } else {
         threshold = autoclip_window_observe(norms, norms_size / 2, entered_before, remembered, percentile);

@@ -25,6 +25,10 @@ enum { AUTOCLIP_DIGITS = 12 };
  * `remembered` is the number of norms that ever entered before. O(window), a move of memory. */
 float autoclip_window_observe(float *norms, size_t window, size_t remembered, float norm, double percentile);
 
+/* The same for a shared history, in which the norm is remembered as step `remembered` after the norm `*last`. O(log n). */
+autoclip_status autoclip_tree_observe(uint64_t history, uint64_t remembered, float *last, float norm, double percentile,
+                                      float *threshold);
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif

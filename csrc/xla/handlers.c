@@ -113,20 +113,14 @@ xla_error *autoclip_xla_tree(xla_call *call) {
     }
     const uint64_t id = *(uint64_t *)history->value;
     const uint32_t step = *(uint32_t *)operand(call, 0);
-    const float last = *(float *)operand(call, 1);
+    float last = *(float *)operand(call, 1);
     const float norm = *(float *)operand(call, 2);
-    const double percentile = sum(call->operands.buffers[3]);
-    double threshold = INFINITY;
-    autoclip_status status;
-    if (isfinite(norm)) {
-        status = autoclip_shared_observe_step(id, step, (double)last, (double)norm, percentile, &threshold);
-    } else {
-        status = autoclip_shared_percentile(id, percentile, &threshold);
-        if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
-    }
+    float threshold;
+    const autoclip_status status =
+        autoclip_tree_observe(id, step, &last, norm, sum(call->operands.buffers[3]), &threshold);
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
     *(uint32_t *)result(call, 0) = step + isfinite(norm);
-    *(float *)result(call, 1) = isfinite(norm) ? norm : last;
-    *(float *)result(call, 2) = (float)threshold;
+    *(float *)result(call, 1) = last;
+    *(float *)result(call, 2) = threshold;
     return NULL;
 }
