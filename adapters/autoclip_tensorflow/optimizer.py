@@ -149,7 +149,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 f"{count_replicas()}; leave it out, and give each of them larger batches."
             )
         self.inner_optimizer.build(variables)
-        self._built_for = list(variables)
+        # A function, because Keras would count variables that it finds in an attribute among the optimizer's own.
+        self._built_for = partial(list, variables)
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
             self._accumulated = [
@@ -171,7 +172,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
         if self._accumulation_steps and grads:
-            self._accumulate_and_apply(grads, trainable_variables or self._built_for)
+            self._accumulate_and_apply(grads, trainable_variables or self._built_for())
         else:
             self._clip_and_apply(grads, trainable_variables)
 
@@ -180,7 +181,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
-        total_of = {id(variable): total for variable, total in zip(self._built_for, self._accumulated, strict=True)}
+        total_of = {id(variable): total for variable, total in zip(self._built_for(), self._accumulated, strict=True)}
         totals = [total_of[id(variable)] for variable in variables]
         sums = [
             None if grad is None else ops.add(total, ops.convert_to_tensor(grad))

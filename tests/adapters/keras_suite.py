@@ -147,6 +147,15 @@ def test_clipping_is_not_per_tensor():
     np.testing.assert_allclose(model.get_weights()[0], whole[0], rtol=1e-4, atol=1e-4)
 
 
+def test_variables_are_the_optimizers_own():
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        model = make_model(make_optimizer(keras.optimizers.Adam(RATE), **options))
+        fit(model)
+        variables = model.optimizer.variables
+        assert len({id(variable) for variable in variables}) == len(variables)
+        assert not {id(variable) for variable in model.weights} & {id(variable) for variable in variables}
+
+
 def test_train_on_batch_is_a_step():
     model = make_model(make_optimizer(window=10))
     for start in range(0, len(X), 8):
