@@ -150,7 +150,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             )
         self.inner_optimizer.build(variables)
         # A function, because Keras would count variables that it finds in an attribute among the optimizer's own.
-        self._built_for = partial(list, variables)
+        self._built_for: Callable[[], list[keras.Variable]] = partial(list, variables)
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
             self._accumulated = [
