@@ -490,6 +490,28 @@ def test_history_does_not_serve_with_jit_compile_and_the_error_says_what_does():
         fit(model)
 
 
+@on_torch
+def test_operations_of_keras_serve_where_the_kernel_cannot_be_called(monkeypatch):
+    from autoclip_tensorflow import direct
+
+    monkeypatch.setattr(direct, "_library", lambda: None)
+    model = make_model(make_optimizer(window=10))
+    fit(model)
+    assert_like_reference(model, reference(window=10))
+    with pytest.raises(BackendError, match="where PyTorch has the variables on the CPU and the kernel is compiled"):
+        fit(make_model(make_optimizer(history=NormHistory())))
+
+
+@on_torch
+def test_state_without_its_history_is_refused():
+    history = NormHistory()
+    model = make_model(make_optimizer(history=history))
+    fit(model)
+    history.clear()
+    with pytest.raises(StateError, match="restore both from one checkpoint"):
+        fit(model)
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="there it serves")
 def test_history_is_refused_where_it_cannot_serve():
     with pytest.raises(BackendError, match=f"this is its {BACKEND} backend; leave it out"):

@@ -99,6 +99,15 @@ def test_percentile_may_change_at_any_step(mode, trace):
     assert clip.percentile == 0.1
 
 
+def test_operations_of_tensorflow_serve_where_the_kernel_cannot(monkeypatch, trace):
+    monkeypatch.setattr(kernel, "_obstacle", lambda: "the sky is falling")
+    clip, call = make("graph", window=20)
+    core = Core(window=20)
+    for norm in trace[:60]:
+        call([tf.constant([norm])])
+        assert numbers(clip)["clip_threshold"] == pytest.approx(np.float32(core.observe(norm).threshold), rel=2.0**-23)
+
+
 def test_policy_pass_lets_gradients_through():
     clip = AutoClip(nonfinite="pass")
     assert clip([tf.constant([inf])])[0].numpy() == inf
