@@ -446,6 +446,22 @@ def test_tensorboard_sees_the_log(tmp_path):
     assert {f"epoch_{name}" for name in ("grad_norm", "clip_threshold", "clip_scale", "clipped")} <= tags
 
 
+# The demo.
+
+
+def test_demo_shows_that_autoclip_does_not_care_about_the_unit_of_the_loss(capsys, monkeypatch):
+    from autoclip_tensorflow import demo
+
+    monkeypatch.setattr(sys, "argv", ["demo", "--epochs", "1"])
+    demo.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row[:20].strip() for row in rows] == [
+        name for name in ("AutoClip p=10", "fixed threshold 1", "none") for _ in range(3)
+    ]
+    thresholds = [float(row.split()[-1]) for row in rows[:3]]
+    assert thresholds == pytest.approx([thresholds[1] * scale for scale in demo.LOSS_SCALES], rel=0.05)
+
+
 # The tree.
 
 
