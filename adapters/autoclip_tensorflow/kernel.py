@@ -101,7 +101,7 @@ def _take_step(
         inputs = [rule, cap, state["percentile"], state["norms"], state["counts"], norm]
         return tuple(tf.compat.v1.get_default_graph().create_op("AutoClipStep", inputs, name=_NODE).outputs)
 
-    if state["norms"].shape.rank == 1:  # a history has the others
+    if state["norms"].shape.rank == 1:  # no window: the norms are in a history
         return by_kernel()
     by_operations = partial(window_step, _XP, options, state, norm)
     if _obstacle():
