@@ -1,7 +1,7 @@
 ## make demo    train a network with AutoClip, with a fixed threshold and without clipping; DEMO="--help" for options
 ## make test    everything: static checks, C tests, Python tests on both backends
 ## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
-## make oldest  the JAX tests on the oldest JAX that pyproject.toml allows
+## make oldest  the JAX, TensorFlow and Keras tests on the oldest versions that pyproject.toml allows
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -15,7 +15,8 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest bench format clean tools static c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows python
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow bench format clean tools static python
+.PHONY: c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -30,18 +31,25 @@ test: tools static c-asan c-tsan c-release python
 # and gcc-mingw-w64-x86-64.
 cross: c-aarch64 c-s390x c-i386 c-windows
 
-OLDEST_JAX := $(shell sed -n '/^jax = /{s/>=/==/g; s/[^"]*"\([^"]*\)"[^"]*/\1 /g; p}' pyproject.toml)
+# Each with the lower bounds of pyproject.toml in an environment of its own, for they want different versions of others.
+oldest = $(shell sed -n '/^$(1) = /{s/.*[ ["]$(2)>=\([^"]*\)".*/\1/p}' pyproject.toml)
+OLDEST_jax = jax==$(call oldest,jax,jax) optax==$(call oldest,jax,optax) equinox flax 'orbax-checkpoint<0.11.6'
+OLDEST_tensorflow = tensorflow-cpu==$(call oldest,tensorflow,tensorflow) keras==$(call oldest,keras,keras) tensorboard
+TESTS_jax = tests/adapters/test_jax*.py
+TESTS_tensorflow = tests/adapters/test_tensorflow.py tests/adapters/test_keras.py
 
-oldest:
-	$(PYTHON) -m venv build/oldest
-	AUTOCLIP_REQUIRE_NATIVE=1 build/oldest/bin/pip install '.[numba]' $(OLDEST_JAX) equinox flax hypothesis \
-	    'orbax-checkpoint<0.11.6' pytest scikit-learn
-	AUTOCLIP_BACKEND=native build/oldest/bin/python -P -m pytest tests/adapters/test_jax*.py
+oldest: oldest-jax oldest-tensorflow
+
+oldest-jax oldest-tensorflow: oldest-%:
+	$(PYTHON) -m venv build/$@
+	AUTOCLIP_REQUIRE_NATIVE=1 build/$@/bin/pip install '.[numba]' $(OLDEST_$*) hypothesis pytest scikit-learn
+	AUTOCLIP_BACKEND=native build/$@/bin/python -P -m pytest $(TESTS_$*)
 
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
 	AUTOCLIP_BACKEND=native python -m bench torch
 	AUTOCLIP_BACKEND=native python -m bench jax
+	AUTOCLIP_BACKEND=native python -m bench tensorflow
 
 format: .venv/test
 	ruff check --fix --exit-zero

@@ -18,7 +18,7 @@ from autoclip_core.errors import (
     SnapshotError,
     StateError,
 )
-from autoclip_core.history import NormHistory
+from autoclip_core.history import NormHistory, check_full_history
 
 __all__ = [
     "AutoClip",
@@ -35,6 +35,7 @@ __all__ = [
     "SnapshotError",
     "StateError",
     "arrays",
+    "check_full_history",
     "kernel_library",
 ]
 

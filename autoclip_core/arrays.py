@@ -20,6 +20,8 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from autoclip_core.clip import AutoClip
 
 # The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 MAX_WINDOW = 2**24
 
 _BASE = 128
-_DIGITS = 8
+_DIGITS = 11
 
 
 # The columns of a deferred table: three numbers, then norms.
@@ -50,7 +52,7 @@ def observe(
         ring: the same norms in order of age, shape (N,).
         recorded_steps: how many norms have entered before, an int32 scalar.
         norm: what `norm_to_remember` returned.
-        percentile: from 0 to 100, a Python float or a scalar array.
+        percentile: from 0 to 100: a Python float, a scalar array, or a list of its digits.
 
     Returns:
         The two arrays with the norm in them, and the percentile: infinity if they are empty.
@@ -83,7 +85,7 @@ def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
         xp: the array library.
         ascending: norms, shape (N,), N at most `MAX_WINDOW`.
         size: how many of them count, an int32 scalar.
-        percentile: from 0 to 100, a Python number or a scalar array.
+        percentile: as for `observe`.
     """
     rank, fraction, rest = _position(xp, xp.maximum(size - 1, 0), percentile)
     # Not indexed with brackets: TensorFlow would compile a slice anew for each place.
@@ -96,17 +98,31 @@ def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
     return xp.where(size > 0, xp.minimum(between, high), inf)
 
 
-def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
-    """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
+def percentile_digits(xp: Any, percentile: Any) -> list[Any]:
+    """Return the digits of a percentile in base 128, the whole part first: integers, which any program holds exactly.
 
-    As on paper, in base 128: first the product with the digits of the percentile, from the last one on, then its
-    division by 100, from the first one on.
+    Those of a Python float are Python integers, and are all there are if the percentile is 0 or at least 1e-6.
     """
     digits = []
     for _ in range(1 + _DIGITS):
         digit = int(percentile) if isinstance(percentile, float) else xp.astype(percentile, xp.int32)
         digits.append(digit)
         percentile = (percentile - digit) * _BASE
+    return digits
+
+
+def percentile_of_digits(digits: Iterable[int]) -> float:
+    """Return the percentile that `percentile_digits` took apart."""
+    return sum((digit / float(_BASE) ** place for place, digit in enumerate(digits)), 0.0)
+
+
+def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
+    """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
+
+    As on paper: first the product with the digits of the percentile, from the last one on, then its division by 100,
+    from the first one on.
+    """
+    digits = percentile if isinstance(percentile, list) else percentile_digits(xp, percentile)
     carry: Any = 0
     product = []
     for digit in reversed(digits[1:]):

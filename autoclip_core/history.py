@@ -339,6 +339,27 @@ class NormHistory:
         return f"<NormHistory of {len(self)} norms,{window} backend={self.backend!r}>"
 
 
+def check_full_history(history: Any, window: int | None) -> None:
+    """Check what a compiled program was given to keep its norms in.
+
+    Args:
+        history: must be a NormHistory that remembers every norm.
+        window: must be None; a window that was given beside the history.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: they are not.
+    """
+    if not isinstance(history, NormHistory):
+        raise AutoClipTypeError(f"history must be a NormHistory or None, but a {type(history).__name__} was given.")
+    if history.window is not None:
+        raise AutoClipValueError(
+            f"history must remember every norm, but this one has window={history.window}; for a window leave out "
+            f"history, and give window={history.window}."
+        )
+    if window is not None:
+        raise AutoClipValueError(f"window={window} and a history were given; the history remembers every norm.")
+
+
 def _check_finite(array: NDArray[np.float64]) -> None:
     import numpy as np
 

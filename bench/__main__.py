@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NOT_REPORTS = {"__init__", "__main__", "common"}
+NOT_REPORTS = {"__init__", "__main__", "common", "keras"}  # the last is a part of tensorflow
 
 
 def reports() -> dict[str, str]:

@@ -14,10 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bench import ROOT
 
@@ -151,6 +154,20 @@ class Measurements:
         values = self.values.get(Key(experiment, stream, size, subject, metric))
         return statistics.median(values) if values else None
 
+    def lines(self) -> Iterator[str]:
+        """Every value on a line of its own, for another process."""
+        for key, values in self.values.items():
+            yield from ("\t".join(map(str, [*key, number, value])) for number, value in enumerate(values))
+
+    @classmethod
+    def from_lines(cls, text: str) -> "Measurements":
+        """Read `lines` back; the C benchmark prints the same."""
+        measured = cls()
+        for line in text.splitlines():
+            experiment, stream, size, subject, metric, _, value = line.split("\t")
+            measured.add(Key(experiment, stream, int(size), subject, metric), float(value))
+        return measured
+
     def write(self, path: Path) -> None:
         """One line per key: the number of rounds, their median, smallest and largest value."""
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -189,6 +206,67 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def facts_table(facts: dict[str, str]) -> str:
     """The machine's facts as a Markdown table."""
     return table(["machine", "of this run"], facts.items()).replace("---:", "---")
+
+
+# --- Training steps ---------------------------------------------------------------------------------------------------
+
+CONSTANT = "constant threshold"
+
+
+class StepSubject(NamedTuple):
+    """A training step whose clipping is measured; `home` is where the norms of its history are."""
+
+    kind: str
+    name: str
+    size: int
+    home: str
+    target: str = "-"
+
+
+def norms_like(measured: Sequence[float], size: int) -> NDArray[np.float32]:
+    """So many norms distributed like the measured ones, each a little different."""
+    random = np.random.default_rng(2)
+    return (random.choice(measured, size) * random.uniform(0.98, 1.02, size)).astype(np.float32)
+
+
+def measure_steps(
+    experiment: str, runs: Mapping[StepSubject, Callable[[int], float]], *, rounds: int, steps: int
+) -> Measurements:
+    """Every subject in every round, and how it compares with the constant threshold of its kind in that round.
+
+    A run takes so many steps and returns the microseconds per step.
+    """
+    measured = Measurements()
+    for count in range(rounds):
+        say(f"  round {count + 1} of {rounds}")
+        for (kind, name, size, _, _), run in runs.items():
+            run(steps // 10)
+            measured.add(Key(experiment, kind, size, name, "us per step"), run(steps))
+    for kind, name, size, _, _ in runs:
+        values = measured.values[Key(experiment, kind, size, name, "us per step")]
+        constant = measured.values[Key(experiment, kind, 0, CONSTANT, "us per step")]
+        for value, reference in zip(values, constant, strict=True):
+            measured.add(Key(experiment, kind, size, name, "us more"), value - reference)
+            measured.add(Key(experiment, kind, size, name, "ratio"), value / reference)
+    return measured
+
+
+def step_rows(
+    experiment: str, measured: Measurements, subjects: Iterable[StepSubject], comparisons: Sequence[str]
+) -> list[list[str]]:
+    """One row per subject: what it is, its time, the comparisons asked for, its target."""
+    return [
+        [
+            f"{kind}: {name}" + (f", {size:,} norms" if size else ""),
+            shown(measured.median(experiment, kind, size, name, "us per step")),
+            *(
+                "-" if name == CONSTANT else shown(measured.median(experiment, kind, size, name, comparison))
+                for comparison in comparisons
+            ),
+            target,
+        ]
+        for kind, name, size, _, target in subjects
+    ]
 
 
 # --- The C benchmark --------------------------------------------------------------------------------------------------
@@ -238,8 +316,4 @@ def run_kernel(
         check=True,
         env={**os.environ, **(environment or {})},
     )
-    measured = Measurements()
-    for line in done.stdout.splitlines():
-        of, kind, count, subject, metric, _, value = line.split("\t")
-        measured.add(Key(of, kind, int(count), subject, metric), float(value))
-    return measured
+    return Measurements.from_lines(done.stdout)

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import autoclip_jax
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from autoclip_core import NormHistory
 from bench.common import (
+    CONSTANT,
     QUICK_NOTE,
-    Key,
     Measurements,
+    StepSubject,
     facts_table,
     machine_facts,
+    measure_steps,
+    norms_like,
     parse,
     parser,
     say,
-    shown,
+    step_rows,
     table,
 )
 
@@ -37,7 +40,6 @@ loses its oldest norm at every step, and new norms fall among the old ones. Subj
 is {steps:,} steps, and each number is the median of {rounds} rounds, in microseconds per step. "More" is the median of
 the differences to the constant threshold (`optax.clip_by_global_norm`) of the same round and the same kind of loop."""
 
-CONSTANT = "constant threshold"
 KINDS = {
     "step": "a compiled step, called from Python, its state donated",
     "undonated": "the same, its state not donated: XLA copies what it changes",
@@ -48,27 +50,18 @@ Params = dict[str, jax.Array]
 Norms = NDArray[np.float32]
 
 
-class Subject(NamedTuple):
-    kind: str
-    name: str
-    # How many norms the history holds, where they are, and how much the step may take more; 0: no target.
-    size: int
-    home: str
-    target: float
-
-
 SUBJECTS = [
-    Subject("step", "no clipping", 0, "none", 0),
-    Subject("step", CONSTANT, 0, "constant", 0),
-    Subject("step", "autoclip in the state, kernel", 65_536, "state", 8),
-    Subject("step", "autoclip in the state, kernel", 131_072, "state", 0),
-    Subject("step", "autoclip in the tree", 1_000_000, "tree", 8),
-    Subject("step", "autoclip in the state, jax.numpy", 10_000, "jax.numpy", 25),
-    Subject("undonated", CONSTANT, 0, "constant", 0),
-    Subject("undonated", "autoclip in the state, kernel", 65_536, "state", 60),
-    Subject("scan", CONSTANT, 0, "constant", 0),
-    Subject("scan", "autoclip in the state, kernel", 65_536, "state", 4),
-    Subject("scan", "autoclip in the tree", 1_000_000, "tree", 4),
+    StepSubject("step", "no clipping", 0, "none"),
+    StepSubject("step", CONSTANT, 0, "constant"),
+    StepSubject("step", "autoclip in the state, kernel", 65_536, "state", "at most 8"),
+    StepSubject("step", "autoclip in the state, kernel", 131_072, "state"),
+    StepSubject("step", "autoclip in the tree", 1_000_000, "tree", "at most 8"),
+    StepSubject("step", "autoclip in the state, jax.numpy", 10_000, "jax.numpy", "at most 25"),
+    StepSubject("undonated", CONSTANT, 0, "constant"),
+    StepSubject("undonated", "autoclip in the state, kernel", 65_536, "state", "at most 60"),
+    StepSubject("scan", CONSTANT, 0, "constant"),
+    StepSubject("scan", "autoclip in the state, kernel", 65_536, "state", "at most 4"),
+    StepSubject("scan", "autoclip in the tree", 1_000_000, "tree", "at most 4"),
 ]
 
 
@@ -108,7 +101,7 @@ def full_state(state: autoclip_jax.AutoClipState, norms: Norms) -> autoclip_jax.
 class Trainer:
     """One subject: a network, its optimizer and a full history."""
 
-    def __init__(self, subject: Subject, norms: Norms, batches: jax.Array) -> None:
+    def __init__(self, subject: StepSubject, norms: Norms, batches: jax.Array) -> None:
         self.kind, self.batches = subject.kind, batches
         tx = optax.chain(clipping(subject.home, norms), optax.sgd(1e-9, momentum=0.9))
         self.params = make_params()
@@ -152,48 +145,19 @@ class Trainer:
         return elapsed / 1e3 / (calls * len(self.each))
 
 
-def draw_norms(batches: jax.Array, size: int) -> Norms:
-    """Norms distributed like those of the training: those of its batches, each time a little different."""
-    params = make_params()
-    measured = [float(optax.tree.norm(jax.grad(loss)(params, batch))) for batch in batches]
-    random = np.random.default_rng(2)
-    return (random.choice(measured, size) * random.uniform(0.98, 1.02, size)).astype(np.float32)
-
-
 def measure(sizes: dict[int, int], *, rounds: int, steps: int) -> Measurements:
-    """Every subject in every round; `sizes` gives the size to use for the one that is meant."""
-    batches = make_batches(100)
-    trainers = {}
+    """Every subject; `sizes` gives the size to use for the one that is meant."""
+    batches, params = make_batches(100), make_params()
+    norms = [float(optax.tree.norm(jax.grad(loss)(params, batch))) for batch in batches]
+    runs = {}
     for subject in SUBJECTS:
         say(f"  {subject.kind}: {subject.name}, {subject.size:,}")
-        size = sizes.get(subject.size, subject.size)
-        trainers[subject] = Trainer(subject, draw_norms(batches, size), batches)
-    measured = Measurements()
-    for count in range(rounds):
-        say(f"  round {count + 1} of {rounds}")
-        for subject, trainer in trainers.items():
-            trainer.run(steps // 10)
-            measured.add(Key("jax", subject.kind, subject.size, subject.name, "us per step"), trainer.run(steps))
-    for subject in SUBJECTS:
-        values = measured.values[Key("jax", subject.kind, subject.size, subject.name, "us per step")]
-        constant = measured.values[Key("jax", subject.kind, 0, CONSTANT, "us per step")]
-        for value, reference in zip(values, constant, strict=True):
-            measured.add(Key("jax", subject.kind, subject.size, subject.name, "us more"), value - reference)
-    return measured
+        runs[subject] = Trainer(subject, norms_like(norms, sizes.get(subject.size, subject.size)), batches).run
+    return measure_steps("jax", runs, rounds=rounds, steps=steps)
 
 
 def rows_of(measured: Measurements) -> list[list[str]]:
-    rows = []
-    for kind, name, size, _, target in SUBJECTS:
-        rows.append(
-            [
-                f"{kind}: {name}" + (f", {size:,} norms" if size else ""),
-                shown(measured.median("jax", kind, size, name, "us per step")),
-                "-" if name == CONSTANT else shown(measured.median("jax", kind, size, name, "us more")),
-                f"at most {target:g}" if target else "-",
-            ]
-        )
-    return rows
+    return step_rows("jax", measured, SUBJECTS, ["us more"])
 
 
 def report(measured: Measurements, facts: dict[str, str], *, rounds: int, steps: int, quick: bool) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -67,6 +68,19 @@ def other_backend(backend, absent):
     except BackendError as error:
         absent(f"needs both backends: {error}")
     return name
+
+
+@pytest.fixture(scope="session")
+def trace():
+    """100,000 norms like those of a real run, drifting over eight decades, with spikes, zeros, NaN and infinities."""
+    steps, random = 100_000, np.random.default_rng(20200914)
+    decades = np.interp(np.arange(steps), np.array([0, 0.05, 0.4, 0.7, 1]) * steps, [2, -1, -3, -6, -4])
+    norms = 10.0**decades * random.lognormal(0.0, 0.6, steps)
+    norms[random.random(steps) < 0.005] *= 10.0 ** random.uniform(1, 5)
+    norms[10_000:10_100] = norms[10_000]  # a stalled run: the same norm again and again
+    for value, share in ((0.0, 0.002), (np.nan, 0.001), (np.inf, 0.001), (-0.0, 0.0005)):
+        norms[1:][random.random(steps - 1) < share] = value
+    return norms.astype(np.float32).tolist()
 
 
 @pytest.fixture

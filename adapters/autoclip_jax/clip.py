@@ -22,7 +22,7 @@ import optax
 from jax import Array
 
 import autoclip_core
-from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays, check_full_history
 from autoclip_jax import kernel
 
 DEFAULT_WINDOW = 131_072
@@ -150,7 +150,8 @@ def autoclip(
         max_threshold=_known(max_threshold),
     )
     if history is not None:
-        _check_history(history, known_window)
+        check_full_history(history, None if known_window == DEFAULT_WINDOW else known_window)
+        _ = history.shared_id  # not every backend has one
     elif window is None:
         raise AutoClipValueError(
             "window=None needs somewhere to keep every norm: give history=NormHistory(), or a window."
@@ -267,19 +268,6 @@ def _known(value: Any, otherwise: Any = None) -> Any:
     if isinstance(value, jax.core.Tracer):
         return otherwise
     return value.item() if isinstance(value, jax.Array) else value
-
-
-def _check_history(history: NormHistory, window: int | None) -> None:
-    if not isinstance(history, NormHistory):
-        raise AutoClipTypeError(f"history must be a NormHistory or None, but a {type(history).__name__} was given.")
-    if history.window is not None:
-        raise AutoClipValueError(
-            f"history must remember every norm, but this one has window={history.window}; for a window leave out "
-            f"history, and give window={history.window}."
-        )
-    if window not in (None, DEFAULT_WINDOW):
-        raise AutoClipValueError(f"window={window} and a history were given; the history remembers every norm.")
-    _ = history.shared_id  # not every backend has one
 
 
 def _check_state(state: Any, window: int | None, history: NormHistory | None) -> None:

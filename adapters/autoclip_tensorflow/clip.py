@@ -9,33 +9,17 @@ What shaped this module, and must stay true:
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import tensorflow as tf
 
+from autoclip_core import arrays
 from autoclip_tensorflow import kernel
 from autoclip_tensorflow.gradients import global_norm, scaled
-from autoclip_tensorflow.state import DEFAULT_WINDOW, METRICS, check_options, initial_state, take_step
+from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
 
 if TYPE_CHECKING:
     from autoclip_core import NormHistory
-
-# TensorFlow by the names that autoclip_core.arrays uses.
-_XP = SimpleNamespace(
-    arange=tf.range,
-    astype=tf.cast,
-    concat=partial(tf.concat, axis=0),
-    float32=tf.float32,
-    full=lambda shape, value, dtype: tf.constant(value, dtype, shape),
-    int32=tf.int32,
-    isfinite=tf.math.is_finite,
-    maximum=tf.maximum,
-    minimum=tf.minimum,
-    take=tf.gather,
-    where=tf.where,
-)
 
 
 class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
@@ -89,19 +73,21 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
     ) -> None:
         super().__init__(name=name)
         self._options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
-        self._observe_history = None
         if history is not None:
             kernel.check_history(history)
-            self._observe_history = partial(kernel.observe, history, percentile=self._options.percentile)
         self._state = {
-            key: tf.Variable(
-                tf.fill(shape, tf.constant(value, dtype)),
-                trainable=False,
-                name=key,
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
-            for key, (shape, dtype, value) in initial_state(self._options).items()
+            key: tf.Variable(value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            for key, value in initial_state(self._options, percentile).items()
         }
+
+    @property
+    def percentile(self) -> float:
+        """The percentile, from 0 to 100. Assign to change it from the next step on, compiled steps included."""
+        return arrays.percentile_of_digits(self._state["percentile"].numpy().tolist())
+
+    @percentile.setter
+    def percentile(self, percentile: float) -> None:
+        self._state["percentile"].assign(digits_of(percentile))
 
     @property
     def history(self) -> NormHistory | None:
@@ -118,12 +104,8 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         Returns:
             The same structure, in which None stays None.
         """
-        norm = global_norm(tf.nest.flatten(grads))
-        state = {key: tf.convert_to_tensor(variable) for key, variable in self._state.items()}
-        state = take_step(_XP, self._options, state, norm, self._observe_history)
-        for key, value in state.items():
-            self._state[key].assign(value)
-        return tf.nest.map_structure(lambda grad: scaled(grad, state["clip_scale"]), grads)
+        scale = kernel.take_step(self._options, self._state, global_norm(tf.nest.flatten(grads)))
+        return tf.nest.map_structure(lambda grad: scaled(grad, scale), grads)
 
     def metrics(self) -> dict[str, tf.Tensor]:
         """Return what was measured at the last step, and counts.
@@ -137,4 +119,4 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         >>> float(clip.metrics()["grad_norm"])
         5.0
         """
-        return {key: tf.convert_to_tensor(self._state[key]) for key in METRICS}
+        return metrics_of(self._state)

@@ -23,6 +23,12 @@ def global_norm(grads: Sequence[Any]) -> tf.Tensor:
     return tf.sqrt(2.0 * tf.add_n([tf.cast(half, tf.float32) for half in halves])) if halves else tf.constant(0.0)
 
 
+def count_replicas() -> int:
+    """Return how many replicas take each step side by side."""
+    count: int = tf.distribute.get_strategy().num_replicas_in_sync
+    return count
+
+
 def scaled(grad: Any, scale: tf.Tensor) -> Any:
     """Return the gradient times the scale: zeros where that is 0, for then the gradient may hold infinities."""
     if grad is None:

@@ -4,8 +4,7 @@ What shaped this module, and must stay true:
 
 - Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
-  schedule, its weight decay and the backend's fast path stay as they are. Of the base class one private name is read,
-  `_trainable_variables`.
+  schedule, its weight decay and the backend's fast path stay as they are.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
 - The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
   counts.
@@ -14,38 +13,23 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
-from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, NormHistory, StateError
-from autoclip_tensorflow.state import DEFAULT_WINDOW, METRICS, Options, check_options, initial_state, take_step
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
+from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.gradients import global_norm, scaled
+    from autoclip_tensorflow.gradients import count_replicas, global_norm, scaled
+    from autoclip_tensorflow.kernel import check_history, take_step
 else:
-    from autoclip_tensorflow.dense import global_norm, scaled
+    from autoclip_tensorflow.dense import check_history, count_replicas, global_norm, scaled, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-# Keras by the names that autoclip_core.arrays uses.
-_XP = SimpleNamespace(
-    arange=ops.arange,
-    astype=ops.cast,
-    concat=ops.concatenate,
-    float32="float32",
-    full=ops.full,
-    int32="int32",
-    isfinite=ops.isfinite,
-    maximum=ops.maximum,
-    minimum=ops.minimum,
-    take=ops.take,
-    where=ops.where,
-)
 
 
 @keras.saving.register_keras_serializable("autoclip")
@@ -66,14 +50,14 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
             takes 8 bytes per norm. At most 2**24.
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
-            the process may read it or push to it. On the TensorFlow backend, not with `jit_compile=True`. A `.keras`
-            file holds it, `tf.train.Checkpoint` does not.
+            the process may read it or push to it. On the TensorFlow backend without `jit_compile=True`, and on the
+            PyTorch backend with variables on the CPU. A `.keras` file holds it, `tf.train.Checkpoint` does not.
         warmup: do not clip before this many norms have been remembered.
         nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of
             the inner optimizer still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
         gradient_accumulation_steps: average the gradients of so many batches, and take one step with them, with one
-            norm; on one replica only, as in Keras itself.
+            norm; on one replica only.
         name: the name of the optimizer.
 
     Raises:
@@ -81,9 +65,9 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         BackendError: a history was given, and it cannot be reached by the kernel.
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    >>> model.compile(AutoClipOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
-    >>> model.optimizer.learning_rate.numpy()
-    np.float32(0.001)
+    >>> model.compile(AutoClipOptimizer(keras.optimizers.Adam(0.125)), loss="mse")
+    >>> float(model.optimizer.learning_rate)
+    0.125
 
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
@@ -103,7 +87,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
     ) -> None:
         _check_inner(inner_optimizer)
         options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
-        observe_history = _history_observer(options)
+        if history is not None:
+            check_history(history)
         if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
             raise AutoClipValueError(
                 "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
@@ -112,15 +97,31 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         super().__init__(learning_rate=0.0, name=name)  # its own rate is never used
         self.inner_optimizer = inner_optimizer
         self._options = options
-        self._observe_history = observe_history
         self._accumulation_steps = gradient_accumulation_steps
-        self._accumulated: dict[int, keras.Variable] = {}
         self._state = {
             key: self.add_variable(
-                shape, partial(_filled, value=value), dtype, aggregation="only_first_replica", name=key
+                value.shape,
+                partial(_constant, value=value),
+                value.dtype.name,
+                aggregation="only_first_replica",
+                name=key,
             )
-            for key, (shape, dtype, value) in initial_state(options).items()
+            for key, value in initial_state(options, percentile).items()
         }
+
+    @property
+    def percentile(self) -> float:
+        """The percentile, from 0 to 100. Assign to change it from the next step on, compiled steps included.
+
+        During `fit` on the JAX backend a value is taken at the beginning and at the end of an epoch, as one for the
+        learning rate is.
+        """
+        digits = self._state["percentile"]
+        return arrays.percentile_of_digits(int(digits[place]) for place in range(digits.shape[0]))
+
+    @percentile.setter
+    def percentile(self, percentile: float) -> None:
+        self._state["percentile"].assign(digits_of(percentile))
 
     @property
     def history(self) -> NormHistory | None:
@@ -134,15 +135,27 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
             `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
         """
-        return {key: ops.convert_to_tensor(self._state[key]) for key in METRICS}
+        return metrics_of({key: ops.convert_to_tensor(variable) for key, variable in self._state.items()})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Make the variables of both optimizers."""
+        """Make the variables of both optimizers.
+
+        Raises:
+            AutoClipValueError: gradients are to be accumulated on several replicas.
+        """
+        if self._accumulation_steps and count_replicas() > 1:
+            raise AutoClipValueError(
+                f"gradient_accumulation_steps={self._accumulation_steps} serves on one replica, but there are "
+                f"{count_replicas()}; leave it out, and give each of them larger batches."
+            )
         self.inner_optimizer.build(variables)
+        # A function, because Keras would count variables that it finds in an attribute among the optimizer's own.
+        self._built_for: Callable[[], list[keras.Variable]] = partial(list, variables)
         if self._accumulation_steps:
             self._accumulated_batches = self.add_variable((), "zeros", "int32", name="accumulated_batches")
-            accumulated = self.add_optimizer_variables(variables, "accumulated_gradient")
-            self._accumulated = {id(variable): total for variable, total in zip(variables, accumulated, strict=True)}
+            self._accumulated = [
+                self.add_variable_from_reference(variable, "accumulated_gradient") for variable in variables
+            ]
         super().build(variables)
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[keras.Variable] | None = None) -> None:
@@ -159,20 +172,17 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
         if self._accumulation_steps and grads:
-            self._accumulate_and_apply(grads, trainable_variables or self._trainable_variables)
+            self._accumulate_and_apply(grads, trainable_variables or self._built_for())
         else:
             self._clip_and_apply(grads, trainable_variables)
 
     def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
-        norm = global_norm(grads)
-        state = {key: ops.convert_to_tensor(variable) for key, variable in self._state.items()}
-        state = take_step(_XP, self._options, state, norm, self._observe_history)
-        for key, value in state.items():
-            self._state[key].assign(value)
-        self.inner_optimizer.apply([scaled(grad, state["clip_scale"]) for grad in grads], variables)
+        scale = take_step(self._options, self._state, global_norm(grads))
+        self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
-        totals = [self._accumulated[id(variable)] for variable in variables]
+        total_of = {id(variable): total for variable, total in zip(self._built_for(), self._accumulated, strict=True)}
+        totals = [total_of[id(variable)] for variable in variables]
         sums = [
             None if grad is None else ops.add(total, ops.convert_to_tensor(grad))
             for total, grad in zip(totals, grads, strict=True)
@@ -245,8 +255,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             raise StateError(
                 f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
             )
-        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["ring"])
-        window, saved_window = self._state["ring"].shape[0], np.size(state.get(str(at), 0))
+        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["norms"])
+        window, saved_window = self._state["norms"].shape[-1], np.shape(state.get(str(at), [0]))[-1]
         if len(state) == len(self.variables) and window != saved_window:
             raise StateError(
                 f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it "
@@ -262,6 +272,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """Return what `from_config` takes; of a history only that there is one."""
         return {
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "percentile": self.percentile,
             **self._options._asdict(),
             "history": self.history is not None,
             "gradient_accumulation_steps": self._accumulation_steps,
@@ -305,19 +316,5 @@ def _check_inner(inner: Any) -> None:
         )
 
 
-def _history_observer(options: Options) -> Callable[..., Any] | None:
-    if options.history is None:
-        return None
-    if keras.config.backend() != "tensorflow":
-        raise BackendError(
-            f"history= serves on Keras's TensorFlow backend, and this is its {keras.config.backend()} backend; leave "
-            "it out, and variables keep the last `window` norms."
-        )
-    from autoclip_tensorflow import kernel
-
-    kernel.check_history(options.history)
-    return partial(kernel.observe, options.history, percentile=options.percentile)
-
-
-def _filled(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
-    return ops.full(shape, value, dtype)
+def _constant(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:
+    return ops.reshape(ops.convert_to_tensor(value, dtype), shape)

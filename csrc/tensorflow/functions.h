@@ -18,7 +18,9 @@
     X(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                                                           \
       (TF_OpDefinitionBuilder *, void (*)(TF_ShapeInferenceContext *, TF_Status *)))                                   \
     X(void, TF_RegisterOpDefinition, (TF_OpDefinitionBuilder *, TF_Status *))                                          \
+    X(TF_ShapeHandle *, TF_NewShapeHandle, (void))                                                                     \
     X(TF_ShapeHandle *, TF_ShapeInferenceContextScalar, (TF_ShapeInferenceContext *))                                  \
+    X(void, TF_ShapeInferenceContextGetInput, (TF_ShapeInferenceContext *, int, TF_ShapeHandle *, TF_Status *))        \
     X(void, TF_ShapeInferenceContextSetOutput, (TF_ShapeInferenceContext *, int, TF_ShapeHandle *, TF_Status *))       \
     X(void, TF_DeleteShapeHandle, (TF_ShapeHandle *))                                                                  \
     X(TF_KernelBuilder *, TF_NewKernelBuilder,                                                                         \
@@ -26,6 +28,8 @@
        void (*)(void *)))                                                                                              \
     X(void, TF_RegisterKernelBuilder, (const char *, TF_KernelBuilder *, TF_Status *))                                 \
     X(void, TF_GetInput, (TF_OpKernelContext *, int, TF_Tensor **, TF_Status *))                                       \
+    X(int, TF_NumDims, (const TF_Tensor *))                                                                            \
+    X(int64_t, TF_Dim, (const TF_Tensor *, int))                                                                       \
     X(int64_t, TF_TensorElementCount, (const TF_Tensor *))                                                             \
     X(void *, TF_TensorData, (const TF_Tensor *))                                                                      \
     X(void, TF_DeleteTensor, (TF_Tensor *))                                                                            \

@@ -19,6 +19,7 @@
 
 #include <autoclip.h>
 
+#include "../arrays/step.h"
 #include "../src/percentile.h"
 
 static xla_error *fail(const xla_call *call, int code, const char *message) {
@@ -76,33 +77,6 @@ static void *result(const xla_call *call, int at) { return call->results.buffers
 
 /* --- In the state ----------------------------------------------------------------------------------------------- */
 
-/* The number of norms below `norm` among `size` in ascending order. */
-static size_t count_below(const float *sorted, size_t size, float norm) {
-    size_t low = 0;
-    while (size > 0) {
-        const size_t half = size / 2;
-        if (sorted[low + half] < norm) {
-            low += half + 1;
-            size -= half + 1;
-        } else {
-            size = half;
-        }
-    }
-    return low;
-}
-
-/* Let `norm` take the place of what is at `from`, and move the norms between the two. */
-static void replace(float *sorted, size_t size, size_t from, float norm) {
-    size_t to = count_below(sorted, size, norm);
-    if (to > from) {
-        to -= 1;
-        memmove(sorted + from, sorted + from + 1, (to - from) * sizeof *sorted);
-    } else {
-        memmove(sorted + to + 1, sorted + to, (from - to) * sizeof *sorted);
-    }
-    sorted[to] = norm;
-}
-
 xla_error *autoclip_xla_window(xla_call *call) {
     static const int operands[] = {XLA_F32, XLA_S32, XLA_F32};
     static const int results[] = {XLA_F32, XLA_F32};
@@ -118,31 +92,10 @@ xla_error *autoclip_xla_window(xla_call *call) {
     if (!is_percentile(percentile)) {
         return fail(call, XLA_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
     }
-    float *sorted = result(call, 0);
-    float *ring = sorted + window;
+    float *after = result(call, 0);
     /* The caller asks XLA to work in place; where it did not, there is a copy to make. */
-    if (sorted != norms->data) memcpy(sorted, norms->data, 2 * window * sizeof *sorted);
-    size_t size = remembered < window ? remembered : window;
-    if (isfinite(norm)) {
-        float *oldest = ring + remembered % window;
-        size_t from = size;
-        if (size == window) {
-            from = count_below(sorted, size, *oldest);
-            if (from == size) from -= 1; /* only in arrays that are not a window's: stay inside them */
-        }
-        replace(sorted, size, from, norm);
-        *oldest = norm;
-        if (size < window) size += 1;
-    }
-    float threshold = INFINITY;
-    if (size > 0) {
-        const double position = percentile_position(size, percentile);
-        const size_t rank = (size_t)position;
-        const double low = (double)sorted[rank];
-        const double high = rank + 1 < size ? (double)sorted[rank + 1] : low;
-        threshold = (float)percentile_between(low, high, position - (double)rank);
-    }
-    *(float *)result(call, 1) = threshold;
+    if (after != norms->data) memcpy(after, norms->data, 2 * window * sizeof *after);
+    *(float *)result(call, 1) = autoclip_window_observe(after, window, remembered, norm, percentile);
     return NULL;
 }
 
@@ -160,20 +113,14 @@ xla_error *autoclip_xla_tree(xla_call *call) {
     }
     const uint64_t id = *(uint64_t *)history->value;
     const uint32_t step = *(uint32_t *)operand(call, 0);
-    const float last = *(float *)operand(call, 1);
+    float last = *(float *)operand(call, 1);
     const float norm = *(float *)operand(call, 2);
-    const double percentile = sum(call->operands.buffers[3]);
-    double threshold = INFINITY;
-    autoclip_status status;
-    if (isfinite(norm)) {
-        status = autoclip_shared_observe_step(id, step, (double)last, (double)norm, percentile, &threshold);
-    } else {
-        status = autoclip_shared_percentile(id, percentile, &threshold);
-        if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
-    }
+    float threshold;
+    const autoclip_status status =
+        autoclip_tree_observe(id, step, &last, norm, sum(call->operands.buffers[3]), &threshold);
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
     *(uint32_t *)result(call, 0) = step + isfinite(norm);
-    *(float *)result(call, 1) = isfinite(norm) ? norm : last;
-    *(float *)result(call, 2) = (float)threshold;
+    *(float *)result(call, 1) = last;
+    *(float *)result(call, 2) = threshold;
     return NULL;
 }

@@ -21,15 +21,19 @@ from autoclip_core import (
     StateError,
 )
 
-from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
-
 BACKEND = keras.config.backend()
 RATE = 0.05
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of the TensorFlow backend")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="of the PyTorch backend")
+not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="a compiled program of JAX cannot call")
+not_on_torch = pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it, or needs further packages")
 
-# Keras's variables do not know numpy's newest keyword.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# Keras's variables do not know numpy's newest keyword; PyTorch's compiler uses what PyTorch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 
 def make_data(batches=24, size=8):
@@ -59,13 +63,18 @@ def fit(model, epochs=1, **options):
     return model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **options)
 
 
-def reference(epochs=1, *, accumulate=1, per_tensor=False, **options):
-    """The same training in float64, by hand, with the core's AutoClip: the weights, and the last step."""
+def reference(epochs=1, *, accumulate=1, per_tensor=False, percentiles=(), **options):
+    """The same training in float64, by hand, with the core's AutoClip: the weights, and the last step.
+
+    `percentiles` has one for each epoch.
+    """
     clip = AutoClip(30.0, **options)
     kernel, bias = KERNEL.copy(), np.zeros(1)
     batches = list(zip(X.astype(float).reshape(-1, 8, 4), Y.astype(float).reshape(-1, 8, 1), strict=True)) * epochs
     sums = [0.0, 0.0]
     for number, (x, y) in enumerate(batches, start=1):
+        if percentiles:
+            clip.percentile = percentiles[(number - 1) * 8 // len(X)]
         error = x @ kernel + bias - y
         sums = [sums[0] + 2 * x.T @ error / 8, sums[1] + 2 * error.mean(0)]
         if number % accumulate:
@@ -113,12 +122,8 @@ def assert_same_state(one, other):
     [
         {},
         {"run_eagerly": True},
-        pytest.param(
-            {"jit_compile": True}, marks=pytest.mark.skipif(BACKEND == "torch", reason="that is torch.compile")
-        ),
-        pytest.param(
-            {"steps_per_execution": 5}, marks=pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it")
-        ),
+        {"jit_compile": True},
+        pytest.param({"steps_per_execution": 5}, marks=not_on_torch),
     ],
     ids=str,
 )
@@ -128,12 +133,27 @@ def test_fit_is_that_of_a_loop_by_hand(options):
     assert_like_reference(model, reference(epochs=2))
 
 
+@on_torch
+def test_steps_per_execution_are_refused_by_keras():
+    with pytest.raises(ValueError, match="steps_per_execution"):
+        fit(make_model(make_optimizer(), steps_per_execution=5))
+
+
 def test_clipping_is_not_per_tensor():
     model = make_model(make_optimizer())
     fit(model)
     whole, per_tensor = reference()[0], reference(per_tensor=True)[0]
     assert np.abs(whole[0] - per_tensor[0]).max() > 0.01
     np.testing.assert_allclose(model.get_weights()[0], whole[0], rtol=1e-4, atol=1e-4)
+
+
+def test_variables_are_the_optimizers_own():
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        model = make_model(make_optimizer(keras.optimizers.Adam(RATE), **options))
+        fit(model)
+        variables = model.optimizer.variables
+        assert len({id(variable) for variable in variables}) == len(variables)
+        assert not {id(variable) for variable in model.weights} & {id(variable) for variable in variables}
 
 
 def test_train_on_batch_is_a_step():
@@ -147,6 +167,22 @@ def test_options_are_those_of_the_core():
     model = make_model(make_optimizer(warmup=5, max_threshold=3.0))
     fit(model)
     assert_like_reference(model, reference(warmup=5, max_threshold=3.0))
+
+
+def test_percentile_may_change_during_training(tmp_path):
+    percentiles = [30.0, 70.7, 5.0]
+    optimizer = make_optimizer()
+
+    def change(epoch, logs):
+        optimizer.percentile = percentiles[epoch]
+
+    model = make_model(optimizer)
+    fit(model, epochs=3, callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=change)])
+    assert_like_reference(model, reference(epochs=3, percentiles=percentiles))
+    model.save(tmp_path / "model.keras")
+    assert keras.models.load_model(tmp_path / "model.keras").optimizer.percentile == 5.0
+    with pytest.raises(AutoClipValueError, match="percentile must be from 0 to 100, but 101"):
+        optimizer.percentile = 101
 
 
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
@@ -285,7 +321,7 @@ def test_config_makes_an_equal_optimizer():
     assert keras.optimizers.serialize(keras.optimizers.deserialize(config)) == config
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports from torch with further packages only")
+@not_on_torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_model_is_exported_without_its_optimizer(tmp_path):
     model = make_model(make_optimizer())
@@ -298,10 +334,12 @@ def test_model_is_exported_without_its_optimizer(tmp_path):
 
 
 @on_tensorflow
-def test_checkpoint_of_tensorflow_holds_all(tmp_path):
+@pytest.mark.parametrize("accumulate", [None, 5])
+def test_checkpoint_of_tensorflow_holds_all(accumulate, tmp_path):
     import tensorflow as tf
 
-    model, other = (make_model(make_optimizer(keras.optimizers.Adam(RATE))) for _ in range(2))
+    inner = partial(keras.optimizers.Adam, RATE)
+    model, other = (make_model(make_optimizer(inner(), gradient_accumulation_steps=accumulate)) for _ in range(2))
     fit(model)
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "checkpoint")
     other.optimizer.build(other.trainable_variables)
@@ -334,7 +372,7 @@ def step_of(optimizer, variable):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}], ids=str)
-def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):  # noqa: F811
+def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):
     special = [norm for norm in trace[9_000:12_000] if not 0 < norm < inf]
     trace = [*trace[9_800:10_020], *special, *trace[12_000:12_050]]
     assert any(not np.isfinite(norm) for norm in trace)
@@ -408,11 +446,31 @@ def test_tensorboard_sees_the_log(tmp_path):
     assert {f"epoch_{name}" for name in ("grad_norm", "clip_threshold", "clip_scale", "clipped")} <= tags
 
 
+# The demo.
+
+
+def test_demo_shows_that_autoclip_does_not_care_about_the_unit_of_the_loss(capsys, monkeypatch):
+    from autoclip_tensorflow import demo
+
+    monkeypatch.setattr(sys, "argv", ["demo", "--epochs", "1"])
+    demo.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row[:20].strip() for row in rows] == [
+        name for name in ("AutoClip p=10", "fixed threshold 1", "none") for _ in range(3)
+    ]
+    thresholds = [float(row.split()[-1]) for row in rows[:3]]
+    assert thresholds == pytest.approx([thresholds[1] * scale for scale in demo.LOSS_SCALES], rel=0.05)
+
+
 # The tree.
 
 
-@on_tensorflow
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 5}], ids=str)
+@not_on_jax
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"run_eagerly": True}, pytest.param({"steps_per_execution": 5}, marks=not_on_torch)],
+    ids=str,
+)
 def test_history_remembers_every_norm(options):
     history = NormHistory()
     model = make_model(make_optimizer(history=history), **options)
@@ -421,7 +479,7 @@ def test_history_remembers_every_norm(options):
     np.testing.assert_allclose(history.values(), reference(epochs=2)[1].history.values(), rtol=1e-3)
 
 
-@on_tensorflow
+@not_on_jax
 def test_history_is_in_the_keras_file(tmp_path):
     histories = [NormHistory(), NormHistory()]
     through, first = (make_model(make_optimizer(history=history)) for history in histories)
@@ -448,7 +506,29 @@ def test_history_does_not_serve_with_jit_compile_and_the_error_says_what_does():
         fit(model)
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it serves")
+@on_torch
+def test_operations_of_keras_serve_where_the_kernel_cannot_be_called(monkeypatch):
+    from autoclip_tensorflow import direct
+
+    monkeypatch.setattr(direct, "_library", lambda: None)
+    model = make_model(make_optimizer(window=10))
+    fit(model)
+    assert_like_reference(model, reference(window=10))
+    with pytest.raises(BackendError, match="where PyTorch has the variables on the CPU and the kernel is compiled"):
+        fit(make_model(make_optimizer(history=NormHistory())))
+
+
+@on_torch
+def test_state_without_its_history_is_refused():
+    history = NormHistory()
+    model = make_model(make_optimizer(history=history))
+    fit(model)
+    history.clear()
+    with pytest.raises(StateError, match="restore both from one checkpoint"):
+        fit(model)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="there it serves")
 def test_history_is_refused_where_it_cannot_serve():
     with pytest.raises(BackendError, match=f"this is its {BACKEND} backend; leave it out"):
         AutoClipOptimizer(keras.optimizers.SGD(), history=NormHistory())
@@ -546,6 +626,26 @@ print(float(optimizer.metrics()["grad_norm"]))
 
 
 # Several devices.
+
+
+@on_tensorflow
+def test_accumulation_on_several_replicas_is_refused(run_python):
+    code = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
+import keras, numpy as np, tensorflow as tf
+from autoclip_tensorflow import AutoClipOptimizer
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(AutoClipOptimizer(keras.optimizers.SGD(0.01), gradient_accumulation_steps=2), loss="mse")
+try:
+    model.fit(np.ones((8, 4)), np.ones(8), verbose=0)
+except ValueError as error:
+    print(error)
+"""
+    assert "gradient_accumulation_steps=2 serves on one replica, but there are 2" in run_python(code)
 
 
 @on_tensorflow

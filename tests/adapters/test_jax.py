@@ -27,7 +27,6 @@ from autoclip_core import (
 )
 
 from ..core.reference import SHAPES, make_norms  # noqa: TID252
-from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
 
 HOMES = ("kernel", "jax.numpy", "tree")
 
@@ -84,7 +83,7 @@ def test_kernel_serves_where_it_is_there():
     ("home", "percentile", "window"),
     [*((home, 10.0, None) for home in HOMES), *((home, 75.0, 5000) for home in HOMES[:2])],
 )
-def test_recorded_trace_of_the_core_gives_the_same_steps(home, percentile, window, trace, make):  # noqa: F811
+def test_recorded_trace_of_the_core_gives_the_same_steps(home, percentile, window, trace, make):
     if home == "jax.numpy" and not window:
         trace = trace[:20_000]  # each step passes over the whole window
     clip = AutoClip(percentile, window=window)

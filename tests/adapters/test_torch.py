@@ -25,8 +25,6 @@ from torch import nn
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NonFiniteNormError
 
-from ..core.test_trace import trace  # noqa: F401, TID252 - a fixture
-
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
@@ -85,7 +83,7 @@ def clip_by_hand(model, norms, percentile=10.0):
 @pytest.mark.filterwarnings("ignore:The gradient norm")
 @pytest.mark.parametrize(("mode", "steps"), [("immediate", 20_000), ("deferred", 5_000)])
 @pytest.mark.parametrize(("percentile", "window"), [(10.0, None), (75.0, 500)])
-def test_recorded_trace_of_the_core_gives_the_same_steps(mode, steps, percentile, window, trace):  # noqa: F811
+def test_recorded_trace_of_the_core_gives_the_same_steps(mode, steps, percentile, window, trace):
     param = nn.Parameter(torch.zeros(3))
     clip = AutoClip([param], percentile, window=window, mode=mode)
     core = autoclip_core.AutoClip(percentile, window=window)
