@@ -6,6 +6,7 @@ the GIL in every call, so a history must be its own lock: that is what the autoc
 
 from __future__ import annotations
 
+from math import isnan
 from struct import pack
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -106,7 +107,8 @@ class History:
 
     def observe(self, norm: float, percentile: float) -> float:
         threshold: float = _observe(self._id, norm, percentile)
-        if threshold != threshold:  # a NaN: csrc/ffi_build.py says which
+        # A NaN: csrc/ffi_build.py says which. To call isnan takes a tenth of an observe.
+        if threshold != threshold:  # noqa: PLR0124
             _expect_ok(pack("<d", threshold)[0], norm=norm, percentile=percentile)
         return threshold
 
@@ -127,7 +129,7 @@ class History:
 
     def percentile(self, percentile: float) -> float:
         threshold: float = lib.percentile(self._id, percentile)
-        if threshold != threshold:
+        if isnan(threshold):
             _expect_ok(pack("<d", threshold)[0], percentile=percentile)
         return threshold
 
