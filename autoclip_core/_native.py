@@ -23,6 +23,7 @@ _OK: int = lib.AUTOCLIP_OK
 _TOO_SMALL: int = lib.AUTOCLIP_TOO_SMALL
 _observe: Any = lib.observe
 
+
 def _error(status: int, **given: Any) -> Exception:
     """The exception for a status that is not AUTOCLIP_OK."""
     if status == lib.AUTOCLIP_NO_MEMORY:
