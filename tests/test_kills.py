@@ -1,5 +1,6 @@
 """Checkpoints under fire: three kills per framework here, thirty in `make soak`."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -14,4 +15,7 @@ def test_killed_training_resumes_to_the_last_bit(framework, backend, absent, tmp
             absent(f"{package} is not installed")
     if framework == "jax" and backend != "native":
         pytest.skip("a history beside the state takes the compiled kernel")
-    assert survive(framework, tmp_path, kills=3) > 0, "no kill struck while the training was saving"
+    kills = int(os.environ.get("AUTOCLIP_KILLS", "3"))
+    struck = survive(framework, tmp_path, kills)
+    print(f"{framework}: {kills} kills, {struck} of them while the training was saving")
+    assert struck > 0, "no kill struck while the training was saving"
