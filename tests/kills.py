@@ -27,7 +27,7 @@ def say(*words):
 
 
 def train(run, folder, steps):
-    """Train to the end: `run` gives the number of steps done, a step -> threshold, a way to save and all that is kept."""
+    """Train to the end: `run` gives the steps done, a step -> threshold, a way to save, and all that is kept."""
     checkpoint, part = folder / "checkpoint.keras", folder / "part.keras"  # Keras demands this ending
     done, step, save, state = run(checkpoint)
     say("resumed", done)
@@ -201,19 +201,20 @@ def survive(framework, folder, kills, seed=0):
     """Kill a training so many times, then let it end. The number of kills that struck while it was saving.
 
     Raises:
-        AssertionError: a run did not resume from the last complete checkpoint, or something differs from the undisturbed
-            run: a threshold, or the parameters and the history at the end.
+        AssertionError: a run did not resume from the last complete checkpoint, or something differs from the
+            undisturbed run: a threshold, or the parameters and the history at the end.
     """
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311
     steps = STEPS_PER_KILL * (kills + 1)
     undisturbed = start(framework, folder / "undisturbed", steps)
     saved = struck_saving = 0
+    struck_last = False
     runs = []
     for kill in range(kills + 1):
         process = start(framework, folder / "killed", steps)
         said = strike(process, kill % 2 == 0, chance) if kill < kills else finish(process)
         runs.append(said)
-        # A checkpoint whose saving was announced may be complete although nobody could say so any more.
+        # A save that was announced may be complete although nobody could say so any more.
         resumed = int(said[0][1])
         assert said[0][0] == "resumed"
         assert saved <= resumed <= saved + (SAVE_EVERY if struck_last else 0) if kill else resumed == 0

@@ -2,9 +2,9 @@
 
     python -P tests/mutation.py --count 220
 
-A mutant is a changed operator or constant, a swapped condition, a statement left out. Those of the kernel are judged by the
-C tests with tiny nodes under ASan and UBSan, those of the core by the tests that know the file, in a copy of the installed
-package. The same seed gives the same mutants of the same sources.
+A mutant is a changed operator or constant, a swapped condition, a statement left out. Those of the kernel are judged by
+the C tests with tiny nodes under ASan and UBSan, those of the core by the tests that know the file, in a copy of the
+installed package. The same seed gives the same mutants of the same sources.
 """
 
 import argparse
@@ -42,21 +42,37 @@ FAST = "test_model test_percentile test_snapshot test_state test_trace test_proc
 KERNEL_TESTS = ("status", "check", "snapshot", "model", "faults", "shared", "bounds")
 
 SWAPS = {
-    **{"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="},
-    **{"+": "-", "-": "+", "*": "+", "/": "*", "%": "+", "//": "+", "+=": "-=", "-=": "+=", "*=": "+="},
-    **{
-        "&&": "||",
-        "||": "&&",
-        "and": "or",
-        "or": "and",
-        "<<": ">>",
-        ">>": "<<",
-        "&": "|",
-        "|": "&",
-        "|=": "=",
-        "&=": "=",
-    },
-    **{"++": "--", "True": "False", "False": "True", "true": "false", "false": "true", "break": "continue"},
+    "<": "<=",
+    "<=": "<",
+    ">": ">=",
+    ">=": ">",
+    "==": "!=",
+    "!=": "==",
+    "+": "-",
+    "-": "+",
+    "*": "+",
+    "/": "*",
+    "%": "+",
+    "//": "+",
+    "+=": "-=",
+    "-=": "+=",
+    "*=": "+=",
+    "&&": "||",
+    "||": "&&",
+    "and": "or",
+    "or": "and",
+    "<<": ">>",
+    ">>": "<<",
+    "&": "|",
+    "|": "&",
+    "|=": "=",
+    "&=": "=",
+    "++": "--",
+    "True": "False",
+    "False": "True",
+    "true": "false",
+    "false": "true",
+    "break": "continue",
 }
 
 
@@ -106,7 +122,9 @@ def mutants_of_c(file):
             end += 1
         yield Mutant(file, match.end(), end, f"(!{source[match.end() : end]})")
     for match in re.finditer(
-        r"^ +(?!return|const|static|enum|double \w|size_t|uint\w+ \w|struct|case|break|goto)[^\n;{}]*;$", code, re.M
+        r"^ +(?!return|const|static|enum|double \w|size_t|uint\w+ \w|struct|case|break|goto)[^\n;{}]*;$",
+        code,
+        re.MULTILINE,
     ):
         if not re.match(r" +(?:\w+ )*\w+ \*?\w+(?:\[.*\])?(?: =|;)", match[0]):  # a declaration
             yield Mutant(file, match.end() - len(match[0].lstrip()), match.end(), ";")
@@ -146,7 +164,7 @@ def mutants_of_python(file):
 
 def mutants(count, seed=0):
     """So many mutants: six of eleven in the kernel, four in the core, one in its Numba backend, which takes long."""
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311
     numba = count // 11
     core = count * 4 // 11
     pools = {

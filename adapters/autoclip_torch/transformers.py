@@ -1,7 +1,7 @@
 """AutoClip for the Trainer of Hugging Face transformers.
 
-A mixin and not a callback alone, because a callback logs after those that report, saves after the Trainer has, and is not
-told which checkpoint is resumed. It overrides the public `train`, `save_model` and `log`; the clipping is that of
+A mixin and not a callback alone, because a callback logs after those that report, saves after the Trainer has, and is
+not told which checkpoint is resumed. It overrides the public `train`, `save_model` and `log`; the clipping is that of
 `attach`, inside the optimizer's step, where the gradients are accumulated, reduced and unscaled.
 """
 

@@ -3,8 +3,8 @@
     cmake --preset coverage && cmake --build --preset coverage && ctest --preset coverage
     python tests/c/coverage.py build/coverage
 
-A line is named by how it begins, so that the list outlives edits elsewhere; one that is reached after all, or that is not
-there any more, is an error too.
+A line is named by how it begins, so that the list outlives edits elsewhere; one that is reached after all, or that is
+not there any more, is an error too.
 """
 
 import json
@@ -31,7 +31,7 @@ EXCLUDED = [
 
 
 def measure(build):
-    """The number of lines and branches that count, and what was not reached: (file, text) -> branches, all for a line."""
+    """How many lines and branches count, and what was not reached: (file, text) -> branches, or all of a line."""
     command = ["gcovr", "--root", ROOT, "--filter", f"{ROOT}/csrc/src/", "--json", "-", build]
     files = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["files"]
     lines = branches = 0
