@@ -90,7 +90,7 @@ class AutoClipMixin(TrainerCallback):
         A run that is killed while it saves leaves no checkpoint that the Trainer could resume without its history.
         """
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         if self.clip is not None and self.args.should_save and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             part = folder / f"{_FILE}.part"
             with part.open("wb") as file:
