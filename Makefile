@@ -2,6 +2,8 @@
 ## make test    everything: static checks, C tests, Python tests on both backends
 ## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
 ## make oldest  the JAX, TensorFlow and Keras tests on the oldest versions that pyproject.toml allows
+## make coverage  that the C tests reach every line and branch of the kernel
+## make soak    the long forms: two hours of each fuzzer (FUZZ_SECONDS), thirty kills, 220 mutants
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -15,8 +17,9 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow bench format clean tools static python
-.PHONY: c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows
+FUZZ_SECONDS ?= 7200
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow coverage soak bench format clean tools static python
+.PHONY: c-asan c-tsan c-release c-msan c-fuzz c-coverage c-aarch64 c-s390x c-i386 c-windows
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -25,7 +28,7 @@ help:
 demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
-test: tools static c-asan c-tsan c-release python
+test: tools static c-asan c-tsan c-release c-msan c-fuzz python
 
 # From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev; wine,
 # and gcc-mingw-w64-x86-64.
@@ -81,6 +84,25 @@ static: .venv/test
 
 c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows: c-%: .venv/test
 	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
+
+# From Debian: clang, libclang-rt-dev. Where libFuzzer is absent this says so, and fails where everything is demanded.
+c-msan c-fuzz: c-%: .venv/test
+	@if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | clang -x c -fsanitize=fuzzer -o /dev/null - 2>/dev/null; \
+	then cd csrc && cmake --preset $* $(FUZZ) && cmake --build --preset $* && ctest --preset $*; \
+	else echo "absent, its tests are skipped: libFuzzer"; test -z "$$AUTOCLIP_DEMAND_ALL"; fi
+
+# From Debian: gcovr.
+coverage: c-coverage
+	python tests/c/coverage.py build/coverage
+
+c-coverage: .venv/test
+	find build/coverage -name '*.gcda' -delete 2>/dev/null || true
+	cd csrc && cmake --preset coverage && cmake --build --preset coverage && ctest --preset coverage
+
+soak: coverage
+	$(MAKE) c-fuzz FUZZ=-DAUTOCLIP_FUZZ_SECONDS=$(FUZZ_SECONDS)
+	AUTOCLIP_KILLS=30 AUTOCLIP_BACKEND=native pytest -rP tests/test_kills.py
+	python -P tests/mutation.py --count 220
 
 python: .venv/test
 	AUTOCLIP_BACKEND=native pytest

@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 import textwrap
+from io import BytesIO
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
@@ -175,10 +176,17 @@ def _plot(norms: NDArray[np.float64], results: list[Replay], path: Path) -> None
     result = whole.get(10.0, results[0])
     label = f"threshold, p = {result.percentile:g}"
     figure = plot_norms(norms, result.thresholds, result.clipped, label=label).figure
+    picture = BytesIO()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(picture, dpi=150, format=path.suffix[1:] or "png")
     except ValueError as error:  # a format that matplotlib does not know
         raise AutoClipError(f"{path} cannot be drawn: {error}.") from None
+    part = path.resolve().with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(picture.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it has its name
+    part.replace(path.resolve())
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """AutoClip for the Trainer of Hugging Face transformers.
 
-A mixin and not a callback alone, because a callback logs after those that report, and is not told which checkpoint is
-resumed. It overrides the public `train` and `log`; the clipping is that of `attach`, inside the optimizer's step, where
-the gradients are accumulated, reduced and unscaled.
+A mixin and not a callback alone, because a callback logs after those that report, saves after the Trainer has, and is
+not told which checkpoint is resumed. It overrides the public `train`, `save_model` and `log`; the clipping is that of
+`attach`, inside the optimizer's step, where the gradients are accumulated, reduced and unscaled.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,21 @@ class AutoClipMixin(TrainerCallback):
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """Do not measure the norm a second time. Where a Trainer lacks this private method, it only takes longer."""
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save as the Trainer does, and the history if this is a checkpoint: before the Trainer's own state.
+
+        A run that is killed while it saves leaves no checkpoint that the Trainer could resume without its history.
+        """
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.clip is not None and self.args.should_save and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            part = folder / f"{_FILE}.part"
+            with part.open("wb") as file:
+                torch.save(self.clip.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before it has its name
+            part.replace(folder / _FILE)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the latest step beside the loss."""
         if "loss" in logs and self.clip is not None:
@@ -103,11 +119,3 @@ class AutoClipMixin(TrainerCallback):
             self.clip.load_state_dict(torch.load(file, weights_only=True))
         else:
             warnings.warn(f"There is no {file}, so AutoClip begins a new history.", RuntimeWarning, stacklevel=2)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the history into the checkpoint's folder: a file that is there is complete."""
-        folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if self.clip is not None and args.should_save and folder.is_dir():  # a search of hyperparameters has others
-            part = folder / f"{_FILE}.part"
-            torch.save(self.clip.state_dict(), part)
-            part.replace(folder / _FILE)

@@ -586,7 +586,7 @@ autoclip_status autoclip_history_order_statistics(autoclip_history *history, uin
     if (count == 0) return AUTOCLIP_OK;
     const size_t in_buffer = find_buffered_before(history, first);
     history_iterator iterator = autoclip_history_iterate(history);
-    iterator.array += in_buffer;
+    if (in_buffer > 0) iterator.array += in_buffer; /* it is NULL in a loaded history, and C forbids NULL + 0 */
     iterator.array_left -= in_buffer;
     iterator.rank = first - in_buffer;
     (void)autoclip_history_read(&iterator, norms, count);

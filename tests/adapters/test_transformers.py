@@ -14,7 +14,7 @@ from autoclip_torch import attach
 from autoclip_torch.transformers import AutoClipMixin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from autoclip_core import AutoClipValueError, StateError
 
@@ -173,6 +173,26 @@ def test_resumed_run_is_the_same_to_the_last_bit(autoclip, last, make_trainer, t
     assert resumed.clip.state_dict() == whole.clip.state_dict()
     assert logged(resumed, "clip_threshold") == logged(whole, "clip_threshold")
     assert not list(folder.glob("*.part"))
+
+
+def test_save_that_is_cut_short_leaves_nothing_to_resume_without_its_history(make_trainer, tmp_path, monkeypatch):
+    def die(self, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainerState, "save_to_json", die)  # the last that the Trainer writes
+    trainer = make_trainer(**SAVING)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    saved = torch.load(tmp_path / "run/checkpoint-7/autoclip.pt")
+    assert saved == trainer.clip.state_dict()
+
+
+def test_model_that_is_saved_alone_brings_no_history(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final").is_dir()
+    assert not list(tmp_path.rglob("autoclip.pt*"))
 
 
 def test_checkpoint_of_other_options_is_refused(make_trainer, tmp_path):

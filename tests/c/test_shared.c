@@ -221,6 +221,13 @@ static void test_step_that_is_taken_again_counts_once(void) {
         judge_shared(id, &truth);
     }
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 11, -1, 0, 30, &again));
+    /* The last one at another percentile, and then as before. */
+    const double last = truth.aged[19];
+    for (double percentile = 0; percentile <= 60; percentile += 30) {
+        REQUIRE_OK(autoclip_shared_observe_step(id, 19, truth.aged[18], last, percentile, &again));
+        REQUIRE_SAME(model_percentile(&truth, percentile), again);
+        judge_shared(id, &truth);
+    }
     REQUIRE_OK(autoclip_shared_destroy(id));
     model_destroy(&truth);
 }
@@ -414,6 +421,37 @@ void *__wrap_malloc(size_t size) {
     return __real_malloc(size);
 }
 
+int __real_posix_memalign(void **block, size_t alignment, size_t size);
+int __wrap_posix_memalign(void **block, size_t alignment, size_t size);
+
+int __wrap_posix_memalign(void **block, size_t alignment, size_t size) {
+    if (malloc_fails_at != 0 && ++malloc_calls == malloc_fails_at) {
+        malloc_faults++;
+        return 12; /* ENOMEM */
+    }
+    return __real_posix_memalign(block, alignment, size);
+}
+
+static bool atfork_fails;
+
+int __real_pthread_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void));
+int __wrap_pthread_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void));
+
+int __wrap_pthread_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void)) {
+    return atfork_fails ? 12 : __real_pthread_atfork(prepare, parent, child);
+}
+
+/* The first history of a process asks to be told of forks. */
+static void test_first_history_needs_to_follow_forks(void) {
+    uint64_t id = SENTINEL_ID;
+    atfork_fails = true;
+    REQUIRE_STATUS(AUTOCLIP_NO_MEMORY, autoclip_shared_create(0, &id));
+    REQUIRE(id == SENTINEL_ID, "an id was written");
+    atfork_fails = false;
+    REQUIRE_OK(autoclip_shared_create(0, &id));
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
 static autoclip_status fail_create(uint64_t id, uint64_t *made) {
     (void)id;
     return autoclip_shared_create(5, made);
@@ -433,14 +471,22 @@ static autoclip_status fail_extend(uint64_t id, uint64_t *made) {
     }
     return autoclip_shared_extend(id, norms, COUNT(norms));
 }
+static autoclip_status fail_extend_hugely(uint64_t id, uint64_t *made) {
+    static double norms[300000]; /* more than a huge page */
+    (void)made;
+    for (size_t i = 0; i < COUNT(norms); i++) {
+        norms[i] = -(double)i;
+    }
+    return autoclip_shared_extend(id, norms, COUNT(norms));
+}
 static autoclip_status fail_merge(uint64_t id, uint64_t *made) {
     (void)made;
     return autoclip_shared_merge(id, id);
 }
 
 static void test_shared_doors_survive_every_refusal(void) {
-    static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {fail_create, fail_clone, fail_load, fail_extend,
-                                                                     fail_merge};
+    static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {fail_create, fail_clone,         fail_load,
+                                                                     fail_extend, fail_extend_hugely, fail_merge};
     /* Histories are kept until the end, so that create also meets a table that has to grow. */
     enum { KEPT = 1000 };
     static uint64_t kept[KEPT];
@@ -488,8 +534,10 @@ static void test_shared_doors_survive_every_refusal(void) {
     REQUIRE(faults > 0, "no allocation was refused");
 }
 
+#define FIRST_TESTS TEST(test_first_history_needs_to_follow_forks),
 #define MEMORY_TESTS TEST(test_shared_doors_survive_every_refusal),
 #else
+#define FIRST_TESTS
 #define MEMORY_TESTS
 #endif
 
@@ -750,7 +798,7 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 #define THREAD_TESTS
 #endif
 
-TEST_MAIN(THREAD_TESTS MEMORY_TESTS TEST(test_shared_doors_do_what_their_namesakes_do),
+TEST_MAIN(FIRST_TESTS THREAD_TESTS MEMORY_TESTS TEST(test_shared_doors_do_what_their_namesakes_do),
           TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
           TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
           TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_door),

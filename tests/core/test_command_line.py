@@ -91,6 +91,7 @@ def test_replay_draws(norms, tmp_path, absent):
     done = autoclip("replay", norms, "--plot", tmp_path / "norms.xyz")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.glob("*norms.*")] == ["norms.png"], "a part of a picture is left"
 
 
 def test_info_tells_what_is_installed():

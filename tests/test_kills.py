@@ -1,0 +1,21 @@
+"""Checkpoints under fire: three kills per framework here, thirty in `make soak`."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+from .kills import survive
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "keras"])
+def test_killed_training_resumes_to_the_last_bit(framework, backend, absent, tmp_path):
+    for package in {"jax": ["jax", "flax"], "keras": ["keras", "tensorflow"]}.get(framework, [framework]):
+        if find_spec(package) is None:
+            absent(f"{package} is not installed")
+    if framework == "jax" and backend != "native":
+        pytest.skip("a history beside the state takes the compiled kernel")
+    kills = int(os.environ.get("AUTOCLIP_KILLS", "3"))
+    struck = survive(framework, tmp_path, kills)
+    print(f"{framework}: {kills} kills, {struck} of them while the training was saving")
+    assert struck > 0, "no kill struck while the training was saving"
