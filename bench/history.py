@@ -221,7 +221,7 @@ def measure_python(
     afresh = size <= 100_000
     living: dict[str, Steps] = {}
     counts = dict.fromkeys(available, block)
-    room = 2 * block * (1 if afresh else rounds)
+    room = 1 + 2 * block * (1 if afresh else rounds)  # a pilot step, the warm-up, the round
     for _ in range(rounds):
         spent = dict.fromkeys(available, 0.0)
         blocks = dict.fromkeys(available, 0)

@@ -56,11 +56,11 @@ struct place {
 };
 
 static struct {
-    lock_type lock; /* guards what follows, but for reading `blocks` */
+    lock_type lock; /* guards what follows, but for reading what is atomic */
     _Atomic(struct place *) blocks[BLOCKS];
     uint32_t block_count;
-    uint32_t block_used; /* places ever used in the newest block */
-    uint32_t place_count;
+    uint32_t block_used;          /* places ever used in the newest block */
+    _Atomic uint32_t place_count; /* places ever used */
     struct place *free_places;
     bool follows_forks;
 } table = {.lock = LOCK_INITIALIZER};
@@ -69,15 +69,16 @@ static uint32_t block_size(uint32_t block) { return (uint32_t)FIRST_BLOCK << blo
 
 static struct place *place_at(uint32_t index) {
     uint32_t block = 0;
-    for (; block < BLOCKS && index >= block_size(block); ++block) index -= block_size(block);
-    struct place *places = block < BLOCKS ? atomic_load_explicit(&table.blocks[block], memory_order_acquire) : NULL;
-    return places != NULL ? places + index : NULL;
+    for (; index >= block_size(block); ++block) index -= block_size(block);
+    return atomic_load_explicit(&table.blocks[block], memory_order_acquire) + index;
 }
 
 /* The place of this id, locked; NULL if the id is unknown. */
 static struct place *acquire(uint64_t id) {
-    struct place *place = place_at((uint32_t)id);
-    if (place == NULL) return NULL;
+    const uint32_t index = (uint32_t)id;
+    /* Nobody may lock a place that was never used: a fork would not see that. */
+    if (index >= atomic_load_explicit(&table.place_count, memory_order_acquire)) return NULL;
+    struct place *place = place_at(index);
     lock_acquire(&place->lock);
     if (place->history != NULL && place->generation == id >> 32) return place;
     lock_release(&place->lock);
