@@ -1,0 +1,74 @@
+"""The pictures: Table 1 as a heat map beside the paper's, and the four panels of Fig. 1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench.separation.dynamics import Run
+from bench.separation.losses import LOSSES
+from bench.separation.table import AUTOCLIP, NEVER, PAPER, PERCENTILES, Cell
+
+COLOURS = {AUTOCLIP: "#0072B2", NEVER: "#D55E00"}
+NAMES = {AUTOCLIP: "AutoClip, p = 10", NEVER: "no clipping, p = 100"}
+
+
+def draw_table(cells: Sequence[Cell], path: Path) -> None:
+    """SI-SDR by percentile and loss, coloured by what it is above the same loss without clipping; ours and the paper's."""
+    ours = np.full((len(PERCENTILES), len(LOSSES)), np.nan)
+    for row, percentile in enumerate(PERCENTILES):
+        for column, loss in enumerate(LOSSES):
+            if values := [cell.si_sdr for cell in cells if (cell.percentile, cell.loss) == (percentile, loss)]:
+                ours[row, column] = fmean(values)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    images = []
+    for panel, values, title in zip(
+        panels, (ours, np.array([*PAPER.values()])), ("this run", "the paper"), strict=True
+    ):
+        above = values - values[PERCENTILES.index(NEVER)]
+        images.append(panel.imshow(above, cmap="RdBu", vmin=-2.0, vmax=2.0, aspect="auto"))
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "white" if abs(above[row, column]) > 1.3 else "black"
+                panel.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+        panel.set_title(title)
+        panel.set_xticks(range(len(LOSSES)), [loss.label for loss in LOSSES.values()])
+        panel.set_yticks(range(len(PERCENTILES)), [f"{percentile:g}" for percentile in PERCENTILES])
+        panel.set_xlabel("loss")
+    panels[0].set_ylabel("percentile p")
+    figure.colorbar(images[0], ax=panels, label="dB above no clipping (p = 100)", extend="both")
+    figure.savefig(path, dpi=150)
+
+
+def draw_dynamics(runs: Sequence[Run], path: Path) -> None:
+    """Step size and loss over time above, gradient norm against smoothness below."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for run in sorted(runs, key=lambda run: -run.percentile):
+        steps = [record.step for record in run.records]
+        for panel, name in zip(panels[0], ("step_size", "loss_value"), strict=True):
+            values = [getattr(record, name) for record in run.records]
+            panel.plot(steps, values, color=COLOURS[run.percentile], label=NAMES[run.percentile], linewidth=1.0)
+    for panel, title in zip(panels[0], ("step size", "training loss"), strict=True):
+        panel.set(title=title, xlabel="training step", yscale="log")
+        panel.legend(frameon=False)
+    for panel, run in zip(panels[1], sorted(runs, key=lambda run: -run.percentile), strict=True):
+        norms, smoothness = ([getattr(record, name) for record in run.records] for name in ("grad_norm", "smoothness"))
+        panel.scatter(norms, smoothness, 8, COLOURS[run.percentile], linewidths=0)
+        panel.set(
+            title=f"{NAMES[run.percentile]}: r = {run.r():.2f}", xlabel="gradient norm", ylabel="local smoothness"
+        )
+        panel.set(xscale="log", yscale="log")
+        panel.sharex(panels[1][0])
+        panel.sharey(panels[1][0])
+        if run.percentile != NEVER:
+            threshold = run.records[-1].clip_threshold
+            panel.axvline(threshold, color="black", linestyle="--", label=f"threshold at the end: {threshold:.2g}")
+            panel.legend(frameon=False)
+    for panel in panels.flat:
+        panel.grid(color="0.9", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
