@@ -6,9 +6,8 @@ g being the gradient on one and the same batch, never clipped. Measuring does no
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from statistics import correlation
+from statistics import correlation, fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 from bench.common import facts_table, machine_facts, say, shown, table
 from bench.separation.evaluate import evaluate
-from bench.separation.table import AUTOCLIP, NEVER
+from bench.separation.table import AUTOCLIP, NEVER, settings_table
 from bench.separation.train import Settings, Training, run_all
 
 EVERY = 20
@@ -85,34 +84,36 @@ def make_dynamics(settings: Settings, loss: str, seed: int, jobs: int, output: P
     return runs
 
 
-def wobble(sizes: Sequence[float]) -> float:
+def restlessness(sizes: Sequence[float]) -> float:
     """How much the step size jumps: the median change between records, as a share of the size."""
-    changes = np.abs(np.diff(sizes)) / np.asarray(sizes)[:-1]
-    return float(np.median(changes))
+    return float(np.median(np.abs(np.diff(sizes)) / np.asarray(sizes)[:-1]))
 
 
 def report(runs: Sequence[Run], settings: Settings, loss: str, facts: dict[str, str]) -> str:
     """The Markdown page."""
-    questions = {
-        "r of gradient norm and smoothness (logarithms)": lambda run: shown(run.r(), 2),
-        "median change of the step size from record to record": lambda run: (
-            f"{wobble([record.step_size for record in run.records]):.1%}"
-        ),
-        "loss, mean of the last tenth of the records": lambda run: shown(
-            float(np.mean([record.loss_value for record in run.records[-max(1, len(run.records) // 10) :]]))
-        ),
-        "threshold at the end": lambda run: shown(run.records[-1].clip_threshold),
-        "SI-SDR on the test set, dB": lambda run: f"{run.si_sdr:.2f}",
-    }
-    rows = [[question, *(answer(run) for run in runs)] for question, answer in questions.items()]
-    described = {"loss": loss, **asdict(settings)}
+
+    def column(run: Run) -> list[str]:
+        tail = run.records[-max(1, len(run.records) // 10) :]
+        return [
+            shown(run.r(), 2),
+            f"{restlessness([record.step_size for record in run.records]):.1%}",
+            shown(fmean(record.loss_value for record in tail)),
+            shown(run.records[-1].clip_threshold),
+            f"{run.si_sdr:.2f}",
+        ]
+
+    questions = [
+        "r of gradient norm and smoothness (of their logarithms)",
+        "change of the step size between records, median",
+        "loss, mean of the last tenth",
+        "threshold at the end",
+        "SI-SDR on the test set, dB",
+    ]
     parts = [
         "# Training dynamics with and without AutoClip",
-        table(["", *(f"p = {run.percentile:g}" for run in runs)], rows),
+        table(["", *(f"p = {run.percentile:g}" for run in runs)], zip(questions, *map(column, runs), strict=True)),
         "## Settings",
-        table(
-            ["setting", "value"], [[name.replace("_", " "), f"{value}"] for name, value in described.items()]
-        ).replace("---:", "---"),
+        settings_table(settings, loss=loss),
         facts_table(facts),
     ]
     return "\n\n".join(parts) + "\n"

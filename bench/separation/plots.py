@@ -16,7 +16,7 @@ NAMES = {AUTOCLIP: "AutoClip, p = 10", NEVER: "no clipping, p = 100"}
 
 
 def draw_table(cells: Sequence[Cell], path: Path) -> None:
-    """SI-SDR by percentile and loss, coloured by what it is above the same loss without clipping; ours and the paper's."""
+    """SI-SDR by percentile and loss, coloured by how far it is above no clipping; ours and the paper's."""
     ours = np.full((len(PERCENTILES), len(LOSSES)), np.nan)
     for row, percentile in enumerate(PERCENTILES):
         for column, loss in enumerate(LOSSES):

@@ -9,7 +9,7 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
     median_norm: float
     final_threshold: float
     step_seconds: float  # the median
-    clip_share: float  # of the time of all steps, AutoClip's
+    clip_share: float  # of the time of a step, AutoClip's: the median
     seconds: float  # of the whole training
     commit: str
 
@@ -71,7 +71,7 @@ def measure(training: Training, steps: Sequence[Step], seconds: float, version: 
         statistics.median(step.grad_norm for step in steps),
         steps[-1].clip_threshold,
         statistics.median(step.seconds for step in steps),
-        sum(step.clip_seconds for step in steps) / sum(step.seconds for step in steps),
+        statistics.median(step.clip_seconds / step.seconds for step in steps),
         seconds,
         version,
     )
@@ -98,10 +98,9 @@ def replace(path: Path, text: str) -> None:
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     """The cells as CSV, sorted: in the order of LOSSES, by percentile, by seed."""
     order = {loss: number for number, loss in enumerate(LOSSES)}
-    lines = [",".join(Cell._fields)]
-    for cell in sorted(cells, key=lambda cell: (order[cell.loss], cell.percentile, cell.seed)):
-        lines.append(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in cell))
-    replace(path, "\n".join(lines) + "\n")
+    rows = sorted(cells, key=lambda cell: (order[cell.loss], cell.percentile, cell.seed))
+    lines = [",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) for row in rows]
+    replace(path, "\n".join([",".join(Cell._fields), *lines]) + "\n")
 
 
 def read_cells(path: Path) -> list[Cell]:
@@ -170,109 +169,97 @@ def make_table(
 # --- Report -----------------------------------------------------------------------------------------------------------
 
 OPENING = """\
-The mean SI-SDR in dB over the test set, as the paper's Table 1 has it; higher is better. The mixtures themselves have
-about 0 dB. One percentile is one setting of AutoClip for all five losses; p = 100 never clips. Where there are several
-seeds (other weights, other order of the data), the number is their mean, ± their standard deviation. Within a seed all
-percentiles share weights, data and order."""
+The mean SI-SDR in dB over the test set, as in the paper's Table 1, whose numbers stand beside ours; higher is better,
+and the mixtures themselves have about 0 dB. One percentile is one setting of AutoClip for all five losses; p = 100
+never clips. Where there are several seeds (other weights, another order of the data), the number is their mean ± their
+standard deviation. Within a seed all percentiles share weights, data and order."""
+
+SCALES = """\
+Medians over the seeds: the loss over the last epoch and over the validation set, the gradient norm over all steps, and
+the threshold at the end."""
+
+COSTS = """\
+How much of a step (forward, backward, clipping, Adam) is AutoClip's own; medians over steps and cells. With p = 100 it
+measures and remembers norms as well."""
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation; one value alone has none."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values) or "-"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def gains(cells: Iterable[Cell], loss: str) -> list[float]:
-    """What p = 10 has over p = 100, in dB, seed by seed."""
-    found = {(cell.percentile, cell.seed): cell.si_sdr for cell in cells if cell.loss == loss}
-    return [
-        found[AUTOCLIP, seed] - value for (p, seed), value in found.items() if p == NEVER and (AUTOCLIP, seed) in found
-    ]
+def median(values: Sequence[float], factor: float = 1.0) -> str:
+    return shown(factor * statistics.median(values)) if values else "-"
 
 
 def report(cells: Sequence[Cell], settings: Settings, facts: dict[str, str]) -> str:
     """The Markdown page."""
 
-    def of(loss: str, name: str, percentile: float | None = None) -> list:
+    def of(loss: str, name: str, percentile: float | None = None) -> list[float]:
         return [getattr(cell, name) for cell in cells if cell.loss == loss and percentile in (None, cell.percentile)]
 
-    header = [text for loss in LOSSES.values() for text in (loss.label, "paper")]
-    rows = [
-        [
-            f"{p:g}",
-            *(
-                text
-                for loss, paper in zip(LOSSES, PAPER[p], strict=True)
-                for text in (spread(of(loss, "si_sdr", p)), f"{paper}")
-            ),
-        ]
-        for p in PERCENTILES
+    def compare(percentile: float) -> Iterator[str]:
+        for loss, paper in zip(LOSSES, PAPER[percentile], strict=True):
+            yield spread(of(loss, "si_sdr", percentile))
+            yield f"{paper}"
+
+    def gain(loss: str) -> list[float]:
+        seeds = dict(zip(of(loss, "seed", NEVER), of(loss, "si_sdr", NEVER), strict=True))
+        clipped = zip(of(loss, "seed", AUTOCLIP), of(loss, "si_sdr", AUTOCLIP), strict=True)
+        return [value - seeds[seed] for seed, value in clipped if seed in seeds]
+
+    labels = {loss: LOSSES[loss].label for loss in LOSSES}
+    gains = [
+        [label, spread(gain(loss)), ", ".join(f"{value:+.2f}" for value in gain(loss)) or "-", f"{auto - never:.1f}"]
+        for (loss, label), auto, never in zip(labels.items(), PAPER[AUTOCLIP], PAPER[NEVER], strict=True)
     ]
-    gained = []
-    for loss, with_it, without in zip(LOSSES, PAPER[AUTOCLIP], PAPER[NEVER], strict=True):
-        values = gains(cells, loss)
-        each = ", ".join(f"{value:+.2f}" for value in values)
-        gained.append([LOSSES[loss].label, spread(values), each or "-", f"{with_it - without:.1f}"])
+    measures = {"train": "train_loss", "validation": "validation_loss", "norm": "median_norm"}
     scales = [
         [
-            LOSSES[loss].label,
-            *(
-                shown(statistics.median(of(loss, name, p))) if of(loss, name, p) else "-"
-                for name, p in (
-                    ("train_loss", AUTOCLIP),
-                    ("train_loss", NEVER),
-                    ("validation_loss", AUTOCLIP),
-                    ("validation_loss", NEVER),
-                    ("median_norm", AUTOCLIP),
-                    ("median_norm", NEVER),
-                    ("final_threshold", AUTOCLIP),
-                )
-            ),
+            label,
+            *(median(of(loss, name, p)) for name in measures.values() for p in (AUTOCLIP, NEVER)),
+            median(of(loss, "final_threshold", AUTOCLIP)),
         ]
-        for loss in LOSSES
+        for loss, label in labels.items()
     ]
     costs = [
-        [
-            LOSSES[loss].label,
-            shown(statistics.median(of(loss, "step_seconds")) * 1e3),
-            f"{statistics.median(of(loss, 'clip_share')):.2%}",
-        ]
-        for loss in LOSSES
-        if of(loss, "clip_share")
+        [label, median(of(loss, "step_seconds"), 1e3), median(of(loss, "clip_share"), 1e2)]
+        for loss, label in labels.items()
     ]
-    commits = ", ".join(sorted({cell.commit for cell in cells}))
     hours = sum(cell.seconds for cell in cells) / 3600
+    commits = ", ".join(sorted({cell.commit for cell in cells}))
     parts = [
-        "# Separating speech: losses and percentiles",
+        "# Separating speech: five losses, one percentile",
         OPENING,
-        table(["p", *header], rows),
+        table(
+            ["p", *(text for label in labels.values() for text in (label, "paper"))],
+            ([f"{percentile:g}", *compare(percentile)] for percentile in PERCENTILES),
+        ),
         "## What p = 10 has over p = 100, in dB",
-        table(["loss", "mean over seeds", "seed by seed", "paper"], gained),
+        table(["loss", "mean over seeds", "seed by seed", "paper"], gains),
         "## The scales of the losses",
-        "Medians over the seeds: the loss over the last epoch and over the validation set, the norm over all steps, the last\nthreshold.",
+        SCALES,
         table(
             [
                 "loss",
-                "train p = 10",
-                "p = 100",
-                "validation p = 10",
-                "p = 100",
-                "norm p = 10",
-                "p = 100",
-                "threshold p = 10",
+                *(f"{measure}, p = {p:g}" for measure in measures for p in (AUTOCLIP, NEVER)),
+                "threshold, p = 10",
             ],
             scales,
         ),
         "## The cost of AutoClip",
-        "The part of a step (forward, backward, clipping, Adam) that is AutoClip's: medians over all cells. p = 100 measures\nnorms as well.",
-        table(["loss", "ms per step", "AutoClip's share"], costs),
+        COSTS,
+        table(["loss", "ms per step", "AutoClip, % of it"], costs),
         "## Settings",
-        table(
-            ["setting", "value"], [[name.replace("_", " "), f"{value}"] for name, value in asdict(settings).items()]
-        ).replace("---:", "---"),
-        f"{len(cells)} cells, {hours:.1f} hours of training and evaluation in all, commit {commits}.",
+        settings_table(settings),
+        f"{len(cells)} cells, {hours:.1f} hours of training, at commit {commits}.",
         facts_table(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def settings_table(settings: Settings, **more: str) -> str:
+    rows = [[name.replace("_", " "), f"{value}"] for name, value in (more | asdict(settings)).items()]
+    return table(["setting", "value"], rows).replace("---:", "---")

@@ -5,6 +5,8 @@ weights, the mixtures, their order and the offsets of their segments. "No clippi
 """
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +22,7 @@ import torch
 from autoclip_torch import AutoClip
 from torch import Tensor
 
+from bench import ROOT
 from bench.separation import corpora
 from bench.separation.corpora import Waves
 from bench.separation.losses import LOSSES, Targets
@@ -143,10 +146,11 @@ def run_all(function: Callable[..., Result], calls: Iterable[tuple], jobs: int) 
         yield from (function(*call) for call in calls)
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = [pool.submit(function, *call) for call in calls]
+    sys.path.append(str(ROOT))  # new processes look for bench, behind what is installed
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(function, *call) for call in calls]):
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupted table does not train to the end
