@@ -31,9 +31,9 @@ class Targets(NamedTuple):
         return cls(waves, sources, sources.sum(1))
 
     def assignments(self) -> Tensor:
-        """Which source is the loudest: Y, shape (batch, frames * bins, SOURCES), one 1 per point."""
-        loudest = self.sources.abs().argmax(1).flatten(1)
-        return torch.nn.functional.one_hot(loudest, SOURCES).to(self.waves.dtype)
+        """Which source is the louder one: Y, shape (batch, frames * bins, SOURCES), one 1 per point."""
+        first, second = self.sources.abs().flatten(2).unbind(1)
+        return torch.stack([first >= second, first < second], dim=-1).to(self.waves.dtype)
 
     def weights(self) -> Tensor:
         """The magnitude of the mixture, as shares: W, shape (batch, frames * bins)."""
