@@ -280,7 +280,8 @@ def make_prompts(folder):
     for name in corpora.SPEAKERS:
         sounds = folder / "usr/share/asterisk/sounds" / name
         for number in range(10):
-            write_wav(sounds / f"digits/{number}.wav", tone(1.5))
+            pause = np.full(4000, 20, np.int16)
+            write_wav(sounds / f"vm-{number}.wav", np.concatenate([pause, tone(1.5), pause]))
         write_wav(sounds / "silence/1.wav", np.zeros(16_000, np.int16))
         write_wav(sounds / "is.wav", np.zeros(0, np.int16))
         write_wav(sounds / "beep.wav", tone(0.4))
@@ -297,7 +298,7 @@ def test_prompts_are_speech_of_five_speakers(tmp_path, capsys):
     assert "12 silent files left out" in capsys.readouterr().err
     parts = corpora.load("prompts", tmp_path, (5, 2, 1))
     assert [len(parts[part]) for part in corpora.PARTS] == [5, 2, 1]
-    assert parts["test"][0].shape == (2, 12_000)
+    assert parts["test"][0].shape == (2, 12_000 - 1)  # the tone begins with a zero
 
 
 def test_missing_package_is_named_with_the_command_that_gets_it(tmp_path):

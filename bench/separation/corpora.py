@@ -79,6 +79,7 @@ SPEAKERS = {
     "ru_RU_f_IvrvoiceRU": "IvrvoiceRU",
 }
 SHORTEST = 1.0  # seconds: below are single letters, digits and beeps
+QUIET = 0.02  # of the peak: what is quieter before and after the speech is cut away
 NOT_SPEECH = {"tt-monkeys"}
 
 
@@ -102,7 +103,10 @@ def read_prompts(folder: Path) -> Voices:
             wave = read_wav(path)
             if level(wave) < SILENCE:
                 silent += 1
-            elif len(wave) >= SHORTEST * RATE and path.stem not in NOT_SPEECH:
+                continue
+            loud = np.flatnonzero(np.abs(wave) > QUIET * np.abs(wave).max())
+            wave = wave[loud[0] : loud[-1] + 1]
+            if len(wave) >= SHORTEST * RATE and path.stem not in NOT_SPEECH:
                 voices.setdefault(speaker, []).append(wave)
     say(f"prompts: {describe(voices)}; {silent} silent files left out")
     return voices

@@ -13,8 +13,6 @@ from bench.common import say
 from bench.separation.corpora import SILENCE, Waves, level
 from bench.separation.networks import SOURCES, Network, Outputs, istft, stft
 
-FLOOR = 0.01  # of the loudest point: quieter ones, 40 dB down, do not say where the clusters are
-
 
 def si_sdr(estimate: NDArray[np.float64], source: NDArray[np.float64]) -> float:
     """The scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 2019), of waves of shape (samples,)."""
@@ -24,11 +22,12 @@ def si_sdr(estimate: NDArray[np.float64], source: NDArray[np.float64]) -> float:
 
 
 def binary_masks(embeddings: Tensor, mixture: Tensor) -> Tensor:
-    """One mask per cluster of the embeddings, found by k-means; mixture of shape (frames, bins)."""
-    magnitude = mixture.abs().flatten()
-    points = embeddings.cpu().numpy()
-    loud = (magnitude >= FLOOR * magnitude.max()).cpu().numpy()
-    clusters = KMeans(SOURCES, n_init=1, random_state=0).fit(points[loud]).predict(points)
+    """One mask per cluster of the embeddings, found by k-means; mixture of shape (frames, bins).
+
+    Points weigh as much as in the losses that trained the embeddings.
+    """
+    points, weights = embeddings.cpu().numpy(), mixture.abs().flatten().cpu().numpy()
+    clusters = KMeans(SOURCES, n_init=1, random_state=0).fit(points, sample_weight=weights).labels_
     return torch.stack([torch.from_numpy(clusters == source) for source in range(SOURCES)]).view(-1, *mixture.shape)
 
 
