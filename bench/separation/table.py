@@ -146,7 +146,7 @@ def plan(losses: Sequence[str], percentiles: Sequence[float], seeds: int) -> lis
 def make_table(
     settings: Settings, losses: Sequence[str], percentiles: Sequence[float], seeds: int, jobs: int, output: Path
 ) -> list[Cell]:
-    """Train every cell that is not in the CSV yet; CSV, Markdown and heat map are up to date after each."""
+    """Train every cell that is not in the CSV yet; the Markdown page is made at the end, or when interrupted."""
     facts = keep_settings(output / "separation.json", settings)
     cells = read_cells(output / "separation.csv")
     done = {cell[:3] for cell in cells}
@@ -154,15 +154,17 @@ def make_table(
     say(f"{len(done)} cells are there, {len(wanted)} to train, {jobs} at a time")
     version, begin = commit(), time.monotonic()
     calls = ((settings, *cell, version) for cell in wanted)
-    for number, cell in enumerate(run_all(train_cell, calls, jobs), 1):
-        cells.append(cell)
-        write_cells(output / "separation.csv", cells)
+    try:
+        for number, cell in enumerate(run_all(train_cell, calls, jobs), 1):
+            cells.append(cell)
+            write_cells(output / "separation.csv", cells)
+            left = (time.monotonic() - begin) / number * (len(wanted) - number)
+            say(
+                f"{number} of {len(wanted)}: {LOSSES[cell.loss].label}, p = {cell.percentile:g}, seed {cell.seed}: "
+                f"{cell.si_sdr:.2f} dB in {cell.seconds:.0f} s; {left / 60:.0f} minutes left"
+            )
+    finally:
         replace(output / "separation.md", report(cells, settings, facts))
-        left = (time.monotonic() - begin) / number * (len(wanted) - number)
-        say(
-            f"{number} of {len(wanted)}: {LOSSES[cell.loss].label}, p = {cell.percentile:g}, seed {cell.seed}: "
-            f"{cell.si_sdr:.2f} dB in {cell.seconds:.0f} s; {left / 60:.0f} minutes left"
-        )
     return cells
 
 
