@@ -22,7 +22,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("adapters/*/README.md"))]
+    for path in [
+        ROOT / "README.md",
+        *sorted(ROOT.glob("adapters/*/README.md")),
+        *sorted(ROOT.glob("bench/*/README.md")),
+    ]
 }
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -171,8 +175,12 @@ COMMANDS = {
     "autoclip": expect_autoclip,
     "cc": expect_cc,
     "cmake": expect_cmake,
-    "git": expect_anything,
+    "apt-get": expect_anything,
     "cd": expect_anything,
+    "git": expect_anything,
+    "ls": expect_anything,
+    "mkdir": expect_anything,
+    "xargs": expect_anything,
     "pkg-config": expect_anything,
 }
 
@@ -310,7 +318,7 @@ def test_commands_that_do_not_exist_are_refused(line):
 
 
 def test_tables_are_those_of_the_results():
-    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", PAGES["README.md"])
+    tables = re.findall(r"<!-- (bench/results/\S+) -->\n((?:\|.*\n)+)", "\n".join(PAGES.values()))
     assert tables
     for source, table in tables:
         assert table in (ROOT / source).read_text(encoding="utf-8"), f"the table from {source} is out of date"
