@@ -485,6 +485,12 @@ def test_cell_is_trained_and_survives_its_csv(tmp_path):
     assert read.si_sdr == pytest.approx(cell.si_sdr, rel=1e-5)
 
 
+def test_jobs_find_the_program_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert set(train.run_all(networks.samples_of, [(400,), (2,)], jobs=2)) == {25_536, 64}
+
+
 def test_dynamics_are_measured_and_do_not_disturb(tmp_path):
     run = dynamics.record_run(TINY, "mi", 10.0, 0)
     plain = Training(TINY, "mi", 10.0, 0)

@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, CorpusError, TableError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on with the cells that are missing") from None
+        goes_on = "; the same command goes on with the missing cells" if options.command == "table" else ""
+        raise SystemExit(f"interrupted{goes_on}") from None
 
 
 if __name__ == "__main__":

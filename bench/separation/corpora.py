@@ -67,8 +67,12 @@ def read_wav(path: Path) -> Waves:
 
 # --- Voices -----------------------------------------------------------------------------------------------------------
 
-PACKAGES = (*(f"asterisk-core-sounds-{language}-wav" for language in ("en", "es", "fr", "it", "ru")),)
-PACKAGES = (*PACKAGES, "asterisk-prompt-it-menardi-wav")
+PACKAGES = " ".join(
+    [
+        *(f"asterisk-core-sounds-{language}-wav" for language in ("en", "es", "fr", "it", "ru")),
+        "asterisk-prompt-it-menardi-wav",
+    ]
+)
 # Allison speaks twice, in English and in Spanish: one speaker, who is never mixed with herself.
 SPEAKERS = {
     "en_US_f_Allison": "Allison",
@@ -93,7 +97,7 @@ def read_prompts(folder: Path) -> Voices:
     if absent := [name for name in SPEAKERS if not (sounds / name).is_dir()]:
         raise CorpusError(
             f"There are no voices {', '.join(absent)} in {sounds}. They are Debian packages, to be unpacked there:\n"
-            f"  mkdir -p {folder} && cd {folder} && apt-get download {' '.join(PACKAGES)} \\\n"
+            f"  mkdir -p {folder} && cd {folder} && apt-get download {PACKAGES} \\\n"
             "    && ls *.deb | xargs -I{} dpkg -x {} ."
         )
     voices: dict[str, list[Waves]] = {}
@@ -210,8 +214,8 @@ TREES = {"train": ("tr", "train*"), "validation": ("cv", "dev*"), "test": ("tt",
 class RecordedSources(Sequence[Waves]):
     """Sources from the folders s1 and s2, files of the same name belonging together, each read when it is asked for."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._files: list[tuple[Path, Path]] = []
+    def __init__(self, folders: Sequence[Path], most: int) -> None:
+        files: list[tuple[Path, Path]] = []
         for folder in folders:
             names = []
             for source in ("s1", "s2"):
@@ -221,7 +225,8 @@ class RecordedSources(Sequence[Waves]):
             if names[0] != names[1] or not names[0]:
                 odd = ", ".join(sorted(names[0] ^ names[1])[:3]) or "none"
                 raise CorpusError(f"s1 and s2 in {folder} must hold WAVs of the same names; in one only: {odd}.")
-            self._files += [(folder / "s1" / name, folder / "s2" / name) for name in sorted(names[0])]
+            files += [(folder / "s1" / name, folder / "s2" / name) for name in sorted(names[0])]
+        self._files = files[:most]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -232,18 +237,18 @@ class RecordedSources(Sequence[Waves]):
         return np.stack([first[:samples], second[:samples]])
 
 
-def read_tree(folder: Path) -> dict[str, Sequence[Waves]]:
+def read_tree(folder: Path, counts: Sequence[int]) -> dict[str, Sequence[Waves]]:
     """A tree like WSJ0-2mix's or LibriMix's: parts tr, cv and tt, or train-*, dev and test, each with s1 and s2.
 
     Raises:
         CorpusError: a part is missing, or has no s1 or s2.
     """
     parts = {}
-    for part, patterns in TREES.items():
+    for (part, patterns), count in zip(TREES.items(), counts, strict=True):
         folders = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_dir())
         if not folders:
             raise CorpusError(f"There is no {' or '.join(patterns)} in {folder}; the corpus needs a part for {part}.")
-        parts[part] = RecordedSources(folders)
+        parts[part] = RecordedSources(folders, count)
     return parts
 
 
@@ -256,17 +261,14 @@ def load(corpus: str, folder: Path, counts: Sequence[int], seed: int = 0) -> dic
     Args:
         corpus: "prompts", "folder" or "synthetic".
         folder: where the files are; synthetic voices need none.
-        counts: how many mixtures of each part; recorded ones are the first so many.
+        counts: how many mixtures of each part; of recorded ones the first, or as many as there are.
         seed: of the mixture lists.
 
     Raises:
         CorpusError: there is no usable speech in the folder.
     """
     if corpus == "folder":
-        return {
-            part: sources if count >= len(sources) else [sources[index] for index in range(count)]
-            for (part, sources), count in zip(read_tree(folder).items(), counts, strict=True)
-        }
+        return read_tree(folder, counts)
     voices = read_prompts(folder) if corpus == "prompts" else make_voices()
     lists = draw_pairs({speaker: len(waves) for speaker, waves in voices.items()}, counts, seed)
     return {part: MixedVoices(voices, pairs) for part, pairs in lists.items()}

@@ -61,8 +61,8 @@ class Network(nn.Module):
     def forward(self, mixture: Tensor) -> Outputs:
         """Take a complex spectrogram, shape (batch, frames, bins)."""
         batch, frames, _ = mixture.shape
-        loudness = torch.log(mixture.abs() + 1e-5)
-        hidden, _ = self.blstm(self.normalize(loudness.transpose(1, 2)).transpose(1, 2))
+        log_magnitude = torch.log(mixture.abs() + 1e-5)
+        hidden, _ = self.blstm(self.normalize(log_magnitude.transpose(1, 2)).transpose(1, 2))
         embeddings = masks = None
         if self.embeddings is not None:
             points = torch.sigmoid(self.embeddings(hidden)).view(batch, frames * BINS, EMBEDDING)

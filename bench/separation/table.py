@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,11 +135,8 @@ def keep_settings(path: Path, settings: Settings) -> dict[str, str]:
 
 def plan(losses: Sequence[str], percentiles: Sequence[float], seeds: int) -> list[tuple[str, float, int]]:
     """The cells to train, the most useful ones first."""
-    cells = product(range(seeds), sorted(percentiles, key=lambda p: p not in (AUTOCLIP, NEVER)), losses)
-    return [
-        (loss, percentile, seed)
-        for seed, percentile, loss in sorted(cells, key=lambda cell: (cell[0], cell[1] not in (AUTOCLIP, NEVER)))
-    ]
+    useful_first = sorted(percentiles, key=lambda percentile: percentile not in (AUTOCLIP, NEVER))
+    return [(loss, percentile, seed) for seed in range(seeds) for percentile in useful_first for loss in losses]
 
 
 def make_table(
