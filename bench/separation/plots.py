@@ -1,6 +1,7 @@
 """The pictures: Table 1 as a heat map beside the paper's, and the four panels of Fig. 1."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -16,30 +17,31 @@ NAMES = {AUTOCLIP: "AutoClip, p = 10", NEVER: "no clipping, p = 100"}
 
 
 def draw_table(cells: Sequence[Cell], path: Path) -> None:
-    """SI-SDR by percentile and loss, coloured by how far it is above no clipping; ours and the paper's."""
-    ours = np.full((len(PERCENTILES), len(LOSSES)), np.nan)
-    for row, percentile in enumerate(PERCENTILES):
-        for column, loss in enumerate(LOSSES):
-            if values := [cell.si_sdr for cell in cells if (cell.percentile, cell.loss) == (percentile, loss)]:
-                ours[row, column] = fmean(values)
+    """SI-SDR by percentile and loss beside the paper's, coloured by how far it is above p = 100 with the same seeds."""
+    found = {cell[:3]: cell.si_sdr for cell in cells}
+    values, above = np.full((2, len(PERCENTILES), len(LOSSES)), np.nan)
+    for (row, percentile), (column, loss) in product(enumerate(PERCENTILES), enumerate(LOSSES)):
+        seeds = {seed for name, p, seed in found if (name, p) == (loss, percentile)}
+        if seeds:
+            values[row, column] = fmean(found[loss, percentile, seed] for seed in seeds)
+        if shared := [seed for seed in seeds if (loss, NEVER, seed) in found]:
+            above[row, column] = fmean(found[loss, percentile, seed] - found[loss, NEVER, seed] for seed in shared)
+    paper = np.array([*PAPER.values()])
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    images = []
-    for panel, values, title in zip(
-        panels, (ours, np.array([*PAPER.values()])), ("this run", "the paper"), strict=True
-    ):
-        above = values - values[PERCENTILES.index(NEVER)]
-        images.append(panel.imshow(above, cmap="RdBu", vmin=-2.0, vmax=2.0, aspect="auto"))
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                colour = "white" if abs(above[row, column]) > 1.3 else "black"
-                panel.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+    drawn = (("this run", values, above), ("the paper", paper, paper - paper[-1]))
+    for panel, (title, numbers, colours) in zip(panels, drawn, strict=True):
+        image = panel.imshow(colours, cmap="RdBu", vmin=-2.0, vmax=2.0, aspect="auto")
+        for (row, column), number in np.ndenumerate(numbers):
+            if np.isfinite(number):
+                ink = "white" if abs(colours[row, column]) > 1.3 else "black"
+                panel.text(column, row, f"{number:.1f}", ha="center", va="center", color=ink)
         panel.set_title(title)
         panel.set_xticks(range(len(LOSSES)), [loss.label for loss in LOSSES.values()])
         panel.set_yticks(range(len(PERCENTILES)), [f"{percentile:g}" for percentile in PERCENTILES])
         panel.set_xlabel("loss")
     panels[0].set_ylabel("percentile p")
-    figure.colorbar(images[0], ax=panels, label="dB above no clipping (p = 100)", extend="both")
+    figure.colorbar(image, ax=panels, label="dB above no clipping (p = 100)", extend="both")
     figure.savefig(path, dpi=150)
 
 
