@@ -243,7 +243,7 @@ def read_tree(folder: Path, counts: Sequence[int]) -> dict[str, Sequence[Waves]]
     Raises:
         CorpusError: a part is missing, or has no s1 or s2.
     """
-    parts = {}
+    parts: dict[str, Sequence[Waves]] = {}
     for (part, patterns), count in zip(TREES.items(), counts, strict=True):
         folders = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_dir())
         if not folders:
