@@ -13,6 +13,7 @@ from bench.separation.losses import LOSSES
 from bench.separation.table import AUTOCLIP, NEVER, PAPER, PERCENTILES, Cell
 
 COLOURS = {AUTOCLIP: "#0072B2", NEVER: "#D55E00"}
+SMOOTHED = 10
 NAMES = {AUTOCLIP: "AutoClip, p = 10", NEVER: "no clipping, p = 100"}
 
 
@@ -51,11 +52,14 @@ def draw_dynamics(runs: Sequence[Run], path: Path) -> None:
     panels = figure.subplots(2, 2)
     for run in sorted(runs, key=lambda run: -run.percentile):
         steps = [record.step for record in run.records]
-        for panel, name in zip(panels[0], ("step_size", "loss_value"), strict=True):
-            values = [getattr(record, name) for record in run.records]
-            panel.plot(steps, values, color=COLOURS[run.percentile], label=NAMES[run.percentile], linewidth=1.0)
+        look = {"color": COLOURS[run.percentile]}
+        panels[0][0].plot(steps, [record.step_size for record in run.records], **look, label=NAMES[run.percentile])
+        losses = [record.loss_value for record in run.records]
+        means = [fmean(losses[max(0, end - SMOOTHED) : end]) for end in range(1, len(losses) + 1)]
+        panels[0][1].plot(steps, losses, **look, alpha=0.3, linewidth=0.8)
+        panels[0][1].plot(steps, means, **look, label=f"{NAMES[run.percentile]}, mean of {SMOOTHED} records")
     for panel, title in zip(panels[0], ("step size", "training loss"), strict=True):
-        panel.set(title=title, xlabel="training step", yscale="log")
+        panel.set(title=title, xlabel="training step")
         panel.legend(frameon=False)
     for panel, run in zip(panels[1], sorted(runs, key=lambda run: -run.percentile), strict=True):
         norms, smoothness = ([getattr(record, name) for record in run.records] for name in ("grad_norm", "smoothness"))
@@ -69,7 +73,7 @@ def draw_dynamics(runs: Sequence[Run], path: Path) -> None:
         if run.percentile != NEVER:
             threshold = run.records[-1].clip_threshold
             panel.axvline(threshold, color="black", linestyle="--", label=f"threshold at the end: {threshold:.2g}")
-            panel.legend(frameon=False)
+            panel.legend(frameon=False, loc="lower right")
     for panel in panels.flat:
         panel.grid(color="0.9", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
