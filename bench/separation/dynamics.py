@@ -5,10 +5,10 @@ smoothness ||g(theta_t) - g(theta_t-1)|| / ||theta_t - theta_t-1||, the gradient
 g being the gradient on one and the same batch, never clipped. Measuring does not change the training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import correlation, fmean
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,10 +41,10 @@ class Run(NamedTuple):
     records: list[Record]
     si_sdr: float
 
-    def r(self) -> float:
-        """The correlation of gradient norm and smoothness, of their logarithms, as the figure shows them."""
+    def r(self, of: Callable[[list[float]], Any] = np.log) -> float:
+        """The correlation of gradient norm and smoothness, of their logarithms as in the figure, or of what is given."""
         norms, smoothness = ([getattr(record, name) for record in self.records] for name in ("grad_norm", "smoothness"))
-        return correlation(np.log(norms).tolist(), np.log(smoothness).tolist())
+        return float(np.corrcoef(of(norms), of(smoothness))[0, 1])
 
 
 def record_run(settings: Settings, loss: str, percentile: float, seed: int) -> Run:
@@ -95,7 +95,8 @@ def report(runs: Sequence[Run], settings: Settings, loss: str, facts: dict[str, 
     def column(run: Run) -> list[str]:
         tail = run.records[-max(1, len(run.records) // 10) :]
         return [
-            shown(run.r(), 2),
+            f"{run.r():.2f}",
+            f"{run.r(np.asarray):.2f}",
             f"{restlessness([record.step_size for record in run.records]):.1%}",
             shown(fmean(record.loss_value for record in tail)),
             shown(run.records[-1].clip_threshold),
@@ -103,7 +104,8 @@ def report(runs: Sequence[Run], settings: Settings, loss: str, facts: dict[str, 
         ]
 
     questions = [
-        "r of gradient norm and smoothness (of their logarithms)",
+        "r of gradient norm and smoothness, of their logarithms",
+        "r of the values themselves",
         "change of the step size between records, median",
         "loss, mean of the last tenth",
         "threshold at the end",

@@ -173,8 +173,8 @@ never clips. Where there are several seeds (other weights, another order of the 
 standard deviation. Within a seed all percentiles share weights, data and order."""
 
 SCALES = """\
-Medians over the seeds: the loss over the last epoch and over the validation set, the gradient norm over all steps, and
-the threshold at the end."""
+Medians over the seeds: the loss over the last epoch and over the validation set, the gradient norm over all steps; at
+p = 10 the threshold at the end, and the share of the steps that were clipped."""
 
 COSTS = """\
 How much of a step (forward, backward, clipping, Adam) is AutoClip's own; medians over steps and cells. With p = 100 it
@@ -219,6 +219,7 @@ def report(cells: Sequence[Cell], settings: Settings, facts: dict[str, str]) -> 
             label,
             *(median(of(loss, name, p)) for name in measures.values() for p in (AUTOCLIP, NEVER)),
             median(of(loss, "final_threshold", AUTOCLIP)),
+            median(of(loss, "clipped_share", AUTOCLIP), 1e2),
         ]
         for loss, label in labels.items()
     ]
@@ -244,6 +245,7 @@ def report(cells: Sequence[Cell], settings: Settings, facts: dict[str, str]) -> 
                 "loss",
                 *(f"{measure}, p = {p:g}" for measure in measures for p in (AUTOCLIP, NEVER)),
                 "threshold, p = 10",
+                "% clipped",
             ],
             scales,
         ),
