@@ -42,7 +42,7 @@ class Run(NamedTuple):
     si_sdr: float
 
     def r(self, of: Callable[[list[float]], Any] = np.log) -> float:
-        """The correlation of gradient norm and smoothness, of their logarithms as in the figure, or of what is given."""
+        """The correlation of gradient norm and smoothness: of their logarithms, as in the figure, or as `of` has it."""
         norms, smoothness = ([getattr(record, name) for record in self.records] for name in ("grad_norm", "smoothness"))
         return float(np.corrcoef(of(norms), of(smoothness))[0, 1])
 
