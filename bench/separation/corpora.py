@@ -88,7 +88,7 @@ NOT_SPEECH = {"tt-monkeys"}
 
 
 def read_prompts(folder: Path) -> Voices:
-    """The telephone prompts of Debian's Asterisk packages, unpacked into a folder: five speakers, four languages.
+    """The telephone prompts of Debian's Asterisk packages, unpacked into a folder: five speakers, five languages.
 
     Raises:
         CorpusError: a package is missing; the message has the command that gets it.
