@@ -25,7 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for folder in (".", "autoclip_core", "adapters", "adapters/*", "csrc", "bench")
+    for folder in (".", "autoclip_core", "adapters", "adapters/*", "csrc", "bench", "bench/*")
     for path in sorted(ROOT.glob(f"{folder}/README.md"))
 }
 every_page = pytest.mark.parametrize("page", PAGES)
@@ -183,7 +183,11 @@ COMMANDS = {
     "cmake": expect_cmake,
     "git": expect_anything,
     "torchrun": expect_anything,
+    "apt-get": expect_anything,
     "cd": expect_anything,
+    "ls": expect_anything,
+    "mkdir": expect_anything,
+    "xargs": expect_anything,
     "pkg-config": expect_anything,
 }
 
