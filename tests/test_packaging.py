@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,12 @@ def kernel(wheel, tmp_path_factory):
     return zipfile.ZipFile(wheel).extract(name, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.fixture(scope="session")
+def pure_wheel(tmp_path_factory):
+    """The wheel where there is no compiler."""
+    return build(tmp_path_factory.mktemp("pure"), "--wheel", CC="no-such-compiler")
+
+
 def files_in(wheel):
     """The files of the packages, without their metadata, which must hold the licence."""
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -133,14 +140,42 @@ def test_wheel_holds_the_packages_and_the_kernel(wheel, kernel):
 @pytest.mark.skipif(
     bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="a free-threaded Python has no stable ABI"
 )
-def test_wheel_serves_every_python_from_3_11_on(wheel):
+def test_wheel_serves_every_python_from_3_11_on(wheel, kernel):
     assert "-cp311-abi3-" in wheel.name
+    assert Path(kernel).name in {"_kernel.abi3.so", "_kernel.pyd"}
 
 
-def test_wheel_without_a_compiler_is_pure(tmp_path):
-    wheel = build(tmp_path, "--wheel", CC="no-such-compiler")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert files_in(wheel) == source_files()
+def test_sdist_and_wheel_are_the_same_bytes_when_built_again(tmp_path):
+    # Each is built in a folder of its own, which the kernel must not remember, and with one date for all files.
+    builds = [build(tmp_path / name, SOURCE_DATE_EPOCH="1700000000").parent for name in ("one", "other")]
+    one, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in builds)
+    assert len(one) == 2
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_sdist_builds_without_a_network(wheel, tmp_path):
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps")
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    run(*pip, "--wheel-dir", str(tmp_path), str(sdist), AUTOCLIP_REQUIRE_NATIVE="1", **nowhere)
+    assert [file.name for file in tmp_path.iterdir()] == [wheel.name]
+
+
+def test_wheel_without_a_compiler_is_pure(pure_wheel):
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert files_in(pure_wheel) == source_files()
+
+
+def test_wheel_without_a_compiler_passes_tests_of_the_core(pure_wheel, absent, tmp_path):
+    if find_spec("numba") is None:
+        absent("numba is not installed")
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    tests = [f"tests/core/test_{name}.py" for name in ("clip", "history", "percentile", "snapshot", "state")]
+    command = (sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *tests)
+    said = run(*command, PYTHONPATH=str(tmp_path))
+    assert re.search(rf"numba backend \(the automatic choice.*from {re.escape(str(tmp_path))}", said)
+    assert " passed" in said
 
 
 def test_wheel_without_a_compiler_fails_where_the_kernel_is_demanded(tmp_path):

@@ -21,6 +21,8 @@ from autoclip_core import (
     StateError,
 )
 
+from ..core.reference import assert_survived, hostile_gradients  # noqa: TID252
+
 BACKEND = keras.config.backend()
 RATE = 0.05
 
@@ -389,6 +391,19 @@ def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):
         np.testing.assert_equal(found["grad_norm"], abs(norm))
     assert found["clipped_steps"] == pytest.approx(clip.clipped_steps, abs=5)
     assert (found["steps"], found["nonfinite_steps"]) == (clip.steps, clip.nonfinite_steps)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hostile_gradients_spoil_nothing(compiled):
+    variable = keras.Variable([1.0, 1.0])
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.1), window=100)
+    step = step_of(optimizer, variable) if compiled else lambda grad: optimizer.apply([grad], [variable])
+    norms = []
+    for grad in hostile_gradients():
+        step(ops.convert_to_tensor(grad))
+        norms.append(numbers(optimizer)["grad_norm"])
+    kept = ops.convert_to_numpy(optimizer._state["norms"])[0]
+    assert_survived(norms, kept[np.isfinite(kept)], ops.convert_to_numpy(variable))
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("skip", 1.0), ("pass", nan)])

@@ -26,7 +26,7 @@ from autoclip_core import (
     arrays,
 )
 
-from ..core.reference import SHAPES, make_norms  # noqa: TID252
+from ..core.reference import SHAPES, assert_survived, hostile_gradients, make_norms  # noqa: TID252
 
 HOMES = ("kernel", "jax.numpy", "tree")
 
@@ -178,6 +178,25 @@ def test_zero_and_nonfinite_norms_are_not_remembered(home, make):
     if home != "tree":
         assert np.isinf(state.norms[0][2:]).all()
         assert np.isinf(state.norms[1][2:]).all()
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_hostile_gradients_spoil_nothing(home, make):
+    history = NormHistory()
+    clip = make(home, **({"history": history} if home == "tree" else {"window": 100}))
+    tx = optax.chain(clip, optax.sgd(0.1))
+
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state)
+        return (optax.apply_updates(params, updates), state), metrics(state)["grad_norm"]
+
+    start = jnp.ones(2)
+    (params, state), norms = jax.jit(lambda *given: jax.lax.scan(step, *given))(
+        (start, tx.init(start)), hostile_gradients()
+    )
+    kept = history.values() if home == "tree" else state[0].norms[0][: state[0].recorded_steps]
+    assert_survived(norms, kept, params)
 
 
 @pytest.mark.parametrize("home", HOMES)

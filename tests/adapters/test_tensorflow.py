@@ -22,6 +22,8 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 tf = pytest.importorskip("tensorflow")
 from autoclip_tensorflow import AutoClip, kernel  # noqa: E402
 
+from ..core.reference import assert_survived, hostile_gradients  # noqa: E402, TID252
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODES = ("eager", "graph", "XLA", "tree", "eager tree")
 
@@ -97,6 +99,18 @@ def test_percentile_may_change_at_any_step(mode, trace):
     with pytest.raises(AutoClipValueError, match="percentile must be from 0 to 100, but 101"):
         clip.percentile = 101
     assert clip.percentile == 0.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hostile_gradients_spoil_nothing(mode):
+    clip, call = make(mode, **({} if "tree" in mode else {"window": 100}))
+    params, norms = tf.ones(2), []
+    for given in hostile_gradients():
+        (grad,) = call([tf.constant(given)])
+        params -= 0.1 * grad
+        norms.append(numbers(clip)["grad_norm"])
+    kept = clip.history.values() if "tree" in mode else clip._state["norms"].numpy()[0]
+    assert_survived(norms, kept[np.isfinite(kept)], params)
 
 
 def test_operations_of_tensorflow_serve_where_the_kernel_cannot(monkeypatch, trace):

@@ -25,6 +25,8 @@ from torch import nn
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NonFiniteNormError
 
+from ..core.reference import assert_survived, hostile_gradients  # noqa: TID252
+
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
@@ -400,6 +402,23 @@ def test_skipped_gradients_become_zeros(value):
     poison(model, value, 1)
     clip.step()
     assert (clip.steps, clip.nonfinite_steps, len(clip.history)) == (3, 2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_hostile_gradients_spoil_nothing(attached, mode):
+    param = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([param], 0.1)
+    clip = attach(optimizer, mode=mode) if attached else AutoClip(optimizer, mode=mode)
+    norms = []
+    for grad in hostile_gradients():
+        param.grad = torch.from_numpy(grad.copy())
+        if not attached:
+            clip.step()
+        optimizer.step()
+        norms.append(clip.log()["grad_norm"])
+    assert_survived(norms, clip.history.values(), param.detach().numpy())
 
 
 def test_raise_leaves_the_gradients_as_they_are():

@@ -28,6 +28,28 @@ def make_norms(shape, count, seed=0):
     return SHAPES[shape](np.random.default_rng([seed, count]), count)
 
 
+def hostile_gradients():
+    """Gradients of two float32 numbers, shape (steps, 2): each hostile number twice, beside a harmless one, and after
+    harmless gradients, which the steps before must not have spoilt."""
+    hostile = (np.nan, np.inf, -np.inf, 0.0, 1e-45, 1e38, *(1e-30, 1e30) * 4)
+    steps = [((value, value), (1.0, value), (3.0, -4.0)) for value in hostile]
+    return np.array(steps, np.float32).reshape(-1, 2)
+
+
+def assert_survived(norms, history, params):
+    """Judge a run over `hostile_gradients` under "skip": the norms it found, and the history and parameters it left."""
+    norms = np.asarray(norms, np.float64)
+    truth = np.linalg.norm(hostile_gradients().astype(np.float64), axis=1)
+    # The square of a float32 may overflow, or become zero. That of no other may.
+    tiny, huge = (truth > 0) & (truth < 1e-18), (truth > 1e18) & (truth < np.inf)
+    np.testing.assert_allclose(norms[~tiny & ~huge], truth[~tiny & ~huge], rtol=1e-6)
+    assert (norms[tiny] <= truth[tiny] * 1.000001).all()
+    assert (norms[huge] >= truth[huge] * 0.999999).all()
+    np.testing.assert_array_equal(np.sort(history), np.sort(norms[(norms > 0) & (norms < np.inf)]))
+    assert len(history) >= len(truth) / 3
+    assert np.isfinite(params).all()
+
+
 class ReferenceHistory:
     """What a NormHistory must be: the norms in the order in which they came, of which a window keeps the last."""
 

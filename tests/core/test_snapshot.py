@@ -1,6 +1,8 @@
 """Snapshots: the documented bytes, on every backend; and nothing else is ever taken for one."""
 
 import struct
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,14 @@ import xxhash
 
 from autoclip_core import NormHistory, SnapshotError
 
-from .reference import SHAPES, assert_same_bits, make_norms
+from .reference import PERCENTILES, SHAPES, assert_same_bits, make_norms
 
 HEADER = struct.Struct("<8sHHIQQQ16s")
 FIELDS = ("magic", "major", "minor", "length", "flags", "count", "window", "zero")
+
+# One line for each golden file. Those of 10,000 norms and more are not kept: they are made again, to the same checksum.
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_SUMS = {name: digest for digest, name in map(str.split, (GOLDEN / "SHA256SUMS").read_text().splitlines())}
 
 
 def snapshot_of(norms, window=0, **lies):
@@ -26,6 +32,17 @@ def history_of(norms, window=None, backend=None):
     history = NormHistory(window, backend)
     history.extend(norms)
     return history
+
+
+def golden(name):
+    """The bytes of a golden file, its norms in the order in which they came, and its window."""
+    _, kind, pushed = name.split("-")
+    count = int(pushed)
+    norms = np.arange(count) * 7919 % 104_729 / 1000  # no libm and no generator: the same for ever
+    window = max(3, count // 2) if kind == "window" else None
+    if count < 10_000:
+        return (GOLDEN / name).read_bytes(), norms, window
+    return snapshot_of(norms[-window:], window) if window else snapshot_of(np.sort(norms)), norms, window
 
 
 def refused(snapshot, match="not a snapshot"):
@@ -50,6 +67,38 @@ def test_snapshot_of_a_window_has_the_oldest_first(count, window, shape):
     for part in np.array_split(norms, 3):
         history.extend(part)
     assert history.to_bytes() == snapshot_of(norms[-window:], window)
+
+
+@pytest.mark.parametrize("which", ["backend", "other_backend"])
+@pytest.mark.parametrize("name", GOLDEN_SUMS)
+def test_golden_snapshot_is_read_and_written_as_ever(name, which, request):
+    backend = request.getfixturevalue(which)
+    snapshot, norms, window = golden(name)
+    assert sha256(snapshot).hexdigest() == GOLDEN_SUMS[name]
+    history = NormHistory.from_bytes(snapshot, backend)
+    history.check()
+    kept = norms[-(window or 0) :]
+    assert (history.backend, history.window) == (backend, window)
+    assert_same_bits(history.values(), np.sort(kept))
+    if len(kept) > 0:
+        assert_same_bits([history.percentile(p) for p in PERCENTILES], np.percentile(kept, PERCENTILES))
+    assert history.to_bytes() == snapshot
+    assert history_of(norms, window, backend).to_bytes() == snapshot
+
+
+def test_golden_snapshots_are_all_there():
+    sizes = [0, *(10**k for k in range(7)), 2]
+    assert set(GOLDEN_SUMS) == {f"1.0-{kind}-{size}" for kind in ("full", "window") for size in sizes}
+    kept = {name for name in GOLDEN_SUMS if int(name.split("-")[2]) < 10_000}
+    assert {file.name for file in GOLDEN.iterdir()} == kept | {"SHA256SUMS", "big-endian"}
+
+
+@pytest.mark.parametrize("which", ["backend", "other_backend"])
+def test_snapshot_of_the_other_byte_order_is_refused(which, request):
+    # As a machine would write one that forgot that the format is little-endian on every machine.
+    snapshot = (GOLDEN / "big-endian").read_bytes()
+    with pytest.raises(SnapshotError, match=f"These {len(snapshot)} bytes are not a snapshot"):
+        NormHistory.from_bytes(snapshot, request.getfixturevalue(which))
 
 
 @pytest.mark.parametrize("window", [None, 1, 300, 2**62])
