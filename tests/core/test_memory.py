@@ -109,3 +109,38 @@ grown = (resident() - before) / 2**20
 assert grown < 10, f"{grown} MiB more after 1000 histories"
 """
     run_python(code)
+
+
+@pytest.mark.parametrize("which", ["backend", "other_backend"])
+def test_memory_that_was_overwritten_is_reported_by_check(which, request, run_python):
+    code = """
+import re
+import struct
+
+from autoclip_core import BrokenHistoryError, NormHistory
+
+norms = [1.25e77, 2.5e77, 5e77]
+history = NormHistory(backend=BACKEND)
+history.extend(norms)
+history.check()
+sought, wrong = struct.pack("3d", *norms), struct.pack("3d", *reversed(norms))
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "r+b", buffering=0) as memory:
+    places = []
+    for line in maps:
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if " rw-p " in line:
+            memory.seek(start)
+            places += [start + match.start() for match in re.finditer(re.escape(sought), memory.read(end - start))]
+    for place in places:
+        memory.seek(place)
+        if memory.read(len(sought)) == sought:  # and not what was a copy made by the search
+            memory.seek(place)
+            memory.write(wrong)
+try:
+    history.check()
+except BrokenHistoryError as error:
+    print(error)
+"""
+    said = run_python(code.replace("BACKEND", repr(request.getfixturevalue(which))))
+    reason = "broken: norms stand in ascending order"
+    assert said == f"The history is damaged ({reason}): memory was overwritten, or there is a bug.\n"
