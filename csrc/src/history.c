@@ -232,16 +232,12 @@ static void recall_oldest(autoclip_history *history) {
 
 /* --- Remember --------------------------------------------------------------------------------------------------- */
 
-static bool grow_array(struct memory *memory, double **array, uint64_t *capacity, uint64_t first, uint64_t size,
+static bool grow_array(struct memory *memory, double **array, uint64_t *capacity, uint64_t size,
                        uint64_t new_capacity) {
     if (new_capacity > SIZE_MAX / sizeof **array) return false;
     double *grown = memory_allocate(memory, (size_t)new_capacity * sizeof **array);
     if (grown == NULL) return false;
-    const uint64_t until_end = *capacity - first < size ? *capacity - first : size;
-    if (size > 0) {
-        memcpy(grown, *array + first, (size_t)until_end * sizeof **array);
-        memcpy(grown + until_end, *array, (size_t)(size - until_end) * sizeof **array);
-    }
+    if (size > 0) memcpy(grown, *array, (size_t)size * sizeof **array);
     memory_release(memory, *array, (size_t)*capacity * sizeof **array);
     *array = grown;
     *capacity = new_capacity;
@@ -263,11 +259,9 @@ static autoclip_status reserve(autoclip_history *history, uint64_t more) {
         const uint64_t needed = size + more < history->window ? size + more : history->window;
         if (needed > history->ring_capacity) {
             const uint64_t capacity = at_least_doubled(history->ring_capacity, needed, history->window);
-            if (!grow_array(&history->memory, &history->ring, &history->ring_capacity, history->ring_first, size,
-                            capacity)) {
+            if (!grow_array(&history->memory, &history->ring, &history->ring_capacity, size, capacity)) {
                 return AUTOCLIP_NO_MEMORY;
             }
-            history->ring_first = 0;
         }
     }
     if (history->buffered + more > HISTORY_BUFFER) (void)settle(history);
@@ -277,7 +271,7 @@ static autoclip_status reserve(autoclip_history *history, uint64_t more) {
     if (needed > history->buffer_capacity) {
         uint64_t capacity = history->buffer_capacity;
         const uint64_t least = history->tree.size > 0 && needed < HISTORY_BUFFER ? HISTORY_BUFFER : needed;
-        if (!grow_array(&history->memory, &history->buffer, &capacity, 0, history->buffered,
+        if (!grow_array(&history->memory, &history->buffer, &capacity, history->buffered,
                         at_least_doubled(capacity, least, HISTORY_BUFFER))) {
             return AUTOCLIP_NO_MEMORY;
         }
@@ -306,8 +300,7 @@ static void remember(autoclip_history *history, double norm) {
             history->ring[history->ring_first] = norm;
             history->ring_first = history->ring_first + 1 < history->window ? history->ring_first + 1 : 0;
         } else {
-            const uint64_t at = history->ring_first + size;
-            history->ring[at < history->ring_capacity ? at : at - history->ring_capacity] = norm;
+            history->ring[size] = norm; /* a ring that is not full begins at 0 */
         }
     }
     if (placed) return;
@@ -320,7 +313,7 @@ static void trim_buffer(autoclip_history *history) {
     if (history->buffer_capacity <= HISTORY_BUFFER) return;
     if (history->buffered > HISTORY_BUFFER && settle(history) != AUTOCLIP_OK) return;
     uint64_t capacity = history->buffer_capacity;
-    if (grow_array(&history->memory, &history->buffer, &capacity, 0, history->buffered, HISTORY_BUFFER)) {
+    if (grow_array(&history->memory, &history->buffer, &capacity, history->buffered, HISTORY_BUFFER)) {
         history->buffer_capacity = (size_t)capacity;
     }
 }

@@ -19,7 +19,6 @@ EXCLUDED = [
     ("history.c", "if (count > history->buffer_capacity)", 1, "reserve() has made room: written for who changes it"),
     ("history.c", "if (new_capacity > SIZE_MAX", 1, "a norm for every byte of the address space"),
     ("history.c", "if (more > UINT64_MAX", 1, "the caller's own array would be larger than the address space"),
-    ("history.c", "history->ring[at < history->ring_capacity", 1, "a ring that is not full begins at 0"),
     ("history.c", "if (size > SIZE_MAX", 1, "only where addresses have 32 bits, and then at 4 GB of norms"),
     ("history.c", "return from_tree == 0 ||", 1, "the ranks asked for lie within the tree"),
     ("ostree.c", "if (slots > (SIZE_MAX / 2", 1, "nodes for half the address space"),
