@@ -102,7 +102,7 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "init_process_group" in block.code:
         (tmp_path / "train.py").write_text(block.code, encoding="utf-8")
-        # Restarts, because gloo's threads abort the exit of a process now and then; a wrong program fails every time.
+        # Restarts: once in a while a process aborts in a thread that is not Python's; a wrong program always fails.
         torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
         done = subprocess.run([*torchrun, "train.py"], capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
