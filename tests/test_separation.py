@@ -487,7 +487,8 @@ def test_cell_is_trained_and_survives_its_csv(tmp_path):
 
 def test_jobs_find_the_program_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(name, "1")  # so that it is put back
     assert set(train.run_all(networks.samples_of, [(400,), (2,)], jobs=2)) == {25_536, 64}
 
 

@@ -41,11 +41,13 @@ class Targets(NamedTuple):
         return magnitude / (magnitude.sum(1, keepdim=True) + TINY)
 
 
-def _weighted(outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
-    """W^1/2 V and W^1/2 Y."""
+def _grams(outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """V'WV, V'WY and Y'WY, from one product of W^1/2 [V Y] with itself: three products take longer."""
     assert outputs.embeddings is not None
     root = targets.weights().sqrt().unsqueeze(-1)
-    return root * outputs.embeddings, root * targets.assignments()
+    both = torch.cat([root * outputs.embeddings, root * targets.assignments()], -1)
+    gram = both.transpose(1, 2) @ both
+    return gram[:, :EMBEDDING, :EMBEDDING], gram[:, :EMBEDDING, EMBEDDING:], gram[:, EMBEDDING:, EMBEDDING:]
 
 
 def _best_permutation(compare: Callable[[list[int]], Tensor]) -> Tensor:
@@ -59,9 +61,8 @@ def deep_clustering(outputs: Outputs, targets: Targets) -> Tensor:
 
     In its low-rank form || V'WV ||^2 - 2 || V'WY ||^2 + || Y'WY ||^2, which needs no matrix of points by points.
     """
-    v, y = _weighted(outputs, targets)
-    squares = [(a.transpose(1, 2) @ b).square().sum((1, 2)) for a, b in ((v, v), (v, y), (y, y))]
-    return (squares[0] - 2.0 * squares[1] + squares[2]).mean()
+    vv, vy, yy = (gram.square().sum((1, 2)) for gram in _grams(outputs, targets))
+    return (vv - 2.0 * vy + yy).mean()
 
 
 def whitened_k_means(outputs: Outputs, targets: Targets) -> Tensor:
@@ -69,9 +70,8 @@ def whitened_k_means(outputs: Outputs, targets: Targets) -> Tensor:
 
     The ridge keeps V'V invertible: at the start all embeddings are nearly the same, and its trace is 1.
     """
-    v, y = _weighted(outputs, targets)
-    vv, vy, yy = v.transpose(1, 2) @ v, v.transpose(1, 2) @ y, y.transpose(1, 2) @ y
-    ridge = 1e-6 * torch.eye(EMBEDDING, device=v.device)
+    vv, vy, yy = _grams(outputs, targets)
+    ridge = 1e-6 * torch.eye(EMBEDDING, device=vv.device)
     explained = torch.linalg.solve(vv + ridge, vy @ (vy / (yy.sum(2).unsqueeze(1) + TINY)).transpose(1, 2))
     return EMBEDDING - explained.diagonal(dim1=1, dim2=2).sum(1).mean()
 

@@ -146,6 +146,8 @@ def run_all(function: Callable[..., Result], calls: Iterable[tuple], jobs: int) 
         yield from (function(*call) for call in calls)
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    # glibc gives large blocks back at once and asks for them again: two fifths of a step with embeddings went there.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     sys.path.append(str(ROOT))  # new processes look for bench, behind what is installed
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
