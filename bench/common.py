@@ -33,6 +33,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 class Options(argparse.Namespace):
     """What every report can be asked."""
 

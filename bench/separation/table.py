@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.common import commit, facts_table, machine_facts, say, shown, table
+from bench.common import commit, facts_table, machine_facts, replace, say, shown, table
 from bench.separation.evaluate import evaluate
 from bench.separation.losses import LOSSES
 from bench.separation.train import Settings, Step, Training, run_all
@@ -85,13 +85,6 @@ def train_cell(settings: Settings, loss: str, percentile: float, seed: int, vers
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:

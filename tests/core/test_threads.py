@@ -1,7 +1,9 @@
-"""Eight threads on one history: every call is one step, whole or not at all."""
+"""Eight threads on one history: every call is one step, whole or not at all. `make soak` gives them a minute."""
 
+import os
 import sys
 import threading
+import time
 from math import inf
 
 import numpy as np
@@ -45,54 +47,60 @@ def run_together(*tasks, patience=120):
     assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
 
 
-def norms_of(thread, count):
-    """Norms that tell which thread pushed them, from small to large."""
-    return np.arange(count) * THREADS + thread + 1.0
+def norms_of(thread, start, count):
+    """So many norms from a start on that tell which thread pushed them, from small to large."""
+    return np.arange(start, start + count) * THREADS + thread + 1.0
 
 
 def test_history_of_eight_threads_holds_what_all_of_them_pushed():
     history = NormHistory()
-    count = 8000
-    everything = np.sort(np.concatenate([norms_of(thread, count) for thread in range(THREADS)]))
+    end = time.monotonic() + float(os.environ.get("AUTOCLIP_THREAD_SECONDS", "2"))
+    counts = [0] * THREADS
 
     def work(thread):
-        norms = norms_of(thread, count).tolist()
-        size = 0
-        for i in range(0, count, 8):
-            history.push(norms[i])
-            assert norms[0] >= history.observe(norms[i + 1], 0.0) >= 1.0
-            history.extend(norms[i + 2 : i + 5])
-            lowest, highest = history.observe_many(norms[i + 5 : i + 8], [0.0, 100.0])[-1]
-            assert 1.0 <= lowest <= norms[0]
-            assert norms[i + 7] <= highest <= everything[-1]
+        size, look, first = 0, 8, thread + 1.0
+        while time.monotonic() < end:
+            count = counts[thread]
+            norms = norms_of(thread, count, 8).tolist()
+            history.push(norms[0])
+            assert first >= history.observe(norms[1], 0.0) >= 1.0
+            history.extend(norms[2:5])
+            lowest, highest = history.observe_many(norms[5:], [0.0, 100.0])[-1]
+            assert 1.0 <= lowest <= first
+            assert norms[7] <= highest
+            counts[thread] += 8
 
             # No answer is torn: each is right for some moment between this thread's own steps.
-            assert history.percentile(100.0) >= norms[i + 7]
-            assert history.select(i) <= norms[i]
-            assert history.rank(norms[i + 7]) >= i + 7
-            assert size < len(history) <= len(everything)
+            assert history.percentile(100.0) >= norms[7]
+            assert history.select(count) <= norms[0]
+            assert history.rank(norms[7]) >= count + 7
+            assert size < len(history)
             size = len(history)
-            if i % 400 == 0:
+            if counts[thread] >= look:  # rarely: this costs as much as the history is long
+                look *= 2
                 values = history.values()
                 assert len(values) >= size
                 assert (np.diff(values) > 0).all()
-                assert np.isin(values, everything).all()
-                assert np.isin(norms[: i + 8], values).all()
+                assert (values % 1.0 == 0.0).all()
+                assert np.isin(norms_of(thread, 0, counts[thread]), values).all()
                 saved = NormHistory.from_bytes(history.to_bytes())
                 assert len(saved) >= size
                 saved.check()
                 history.check()
 
     run_together(*(lambda thread=thread: work(thread) for thread in range(THREADS)))
-    assert_same_bits(history.values(), everything)
+    assert min(counts) > 0
+    everything = np.concatenate([norms_of(thread, 0, count) for thread, count in enumerate(counts)])
+    assert_same_bits(history.values(), np.sort(everything))
     history.check()
+    print(f"{len(everything):,} norms of {THREADS} threads")
 
 
 def test_window_of_eight_threads_holds_norms_that_they_pushed():
     history = NormHistory(100)
 
     def work(thread):
-        for norm in norms_of(thread, 5000).tolist():
+        for norm in norms_of(thread, 0, 5000).tolist():
             history.observe(norm, 50.0)
             assert 1 <= len(history) <= 100
 
@@ -103,7 +111,7 @@ def test_window_of_eight_threads_holds_norms_that_they_pushed():
     # What a thread pushed last is what is left of it.
     for thread in range(THREADS):
         mine = values[(values - 1) % THREADS == thread]
-        assert_same_bits(mine, norms_of(thread, 5000)[5000 - len(mine) :])
+        assert_same_bits(mine, norms_of(thread, 0, 5000)[5000 - len(mine) :])
     history.check()
 
 

@@ -1,0 +1,197 @@
+"""The long forms of the tests, and the figures that they give: bench/results/soak.md.
+
+    python -P tests/soak.py                  everything, one part after the other: most of a day
+    python -P tests/soak.py fuzz kills       some of it; the figures of the other parts stay as they are
+
+A part that finds a fault ends the run with exit status 1, and its figures stay those of its last good run. Processor
+time is told beside the time on the clock: the machine may have been shared.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+sys.path += [str(ROOT), str(ROOT / "tests")]  # behind what is installed
+
+from bench.common import facts_table, machine_facts, replace, say, table  # noqa: E402
+
+OPENING = """\
+What `make soak` counted when each part ran last; `make test` runs the same in short. How a promise is tested, and by what
+command, is in [tests/RELIABILITY.md](../../tests/RELIABILITY.md). Every part found nothing, or it would not be here."""
+
+
+class FaultError(Exception):
+    """A part found something; the message says what."""
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command to its end; what it printed."""
+    command = list(map(str, command))
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise FaultError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def c_tests(preset, *options):
+    """Build and run the C tests of a preset; what they printed."""
+    run("cmake", "--preset", preset, cwd=ROOT / "csrc")
+    run("cmake", "--build", "--preset", preset, cwd=ROOT / "csrc")
+    return run("ctest", "--preset", preset, "--verbose", *options, cwd=ROOT / "csrc")
+
+
+def pytest(path, name, **environment):
+    """Run one test; what it printed."""
+    command = (sys.executable, "-P", "-m", "pytest", "-rP", path, "-k", name)
+    return run(*command, AUTOCLIP_BACKEND="native", AUTOCLIP_DEMAND_ALL="1", **environment)
+
+
+def counted(pattern, text):
+    """The numbers that a pattern finds in a text; a part that counts nothing shows nothing."""
+    numbers = [int(number.replace(",", "")) for number in re.findall(pattern, text)]
+    if not numbers or not all(numbers):
+        raise FaultError(f"{pattern!r} was to be counted and is {numbers or 'not there'} in:\n{text[-4000:]}")
+    return numbers
+
+
+# --- The parts: each gives pairs of what was counted, and how much it was ---------------------------------------------
+
+
+def faults(_):
+    """Memory refused, bits flipped: the C tests under ASan and UBSan, with tiny and with real nodes."""
+    said = c_tests("asan")
+    allocations = counted(r": +(?:\S+ +)?([\d,]*[1-9][\d,]*) allocations refused", said)
+    return [
+        ("test programs passed", f"{len(counted(r' Test +#(\d+): \S+ \.+ +Passed', said))}"),
+        ("allocations refused", f"{sum(allocations):,}"),
+        ("flips of a bit refused", f"{sum(counted(r'(\d+) flips refused', said)):,}"),
+    ]
+
+
+def valgrind(_):
+    """The C tests under memcheck, every leak an error."""
+    return [("test programs passed", f"{len(counted(r' Test +#(\d+): \S+ \.+ +Passed', c_tests('valgrind')))}")]
+
+
+def fuzz(options):
+    """Two fuzzers side by side, from the kept corpus, under ASan and UBSan."""
+    run("cmake", "--preset", "fuzz", cwd=ROOT / "csrc")
+    run("cmake", "--build", "--preset", "fuzz", cwd=ROOT / "csrc")
+    folder = ROOT / "build/fuzz/tests"
+    inputs = {"operations": "streams of operations, against the model", "snapshot": "byte strings, loaded as snapshots"}
+    logs = {name: folder / f"{name}.log" for name in inputs}
+    processes = {}
+    for name, log in logs.items():
+        limits = ("-max_len=2048", f"-max_total_time={options.fuzz_seconds}", "-print_final_stats=1")
+        corpora = (f"corpus/{name}", str(ROOT / "tests/c/corpus/failed"))
+        command = [f"./fuzz_{name}", *limits, f"-artifact_prefix=failed-{name}-", *corpora]
+        with log.open("w", encoding="utf-8") as file:
+            processes[name] = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+    figures = []
+    for name, process in processes.items():
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said = logs[name].read_text(encoding="utf-8", errors="replace")
+        if status:
+            raise FaultError(f"the fuzzer ended with {process.returncode}; {logs[name]} ends:\n{said[-3000:]}")
+        [executed] = counted(r"stat::number_of_executed_units: (\d+)", said)
+        [seconds] = counted(r"Done \d+ runs in (\d+) second", said)
+        reached = re.search(r"DONE +cov: (\d+) ft: (\d+) corp: (\d+)", said).groups()
+        processor = (usage.ru_utime + usage.ru_stime) / 3600
+        figures += [
+            (inputs[name], f"{executed:,}"),
+            ("hours on the clock; of the processor", f"{seconds / 3600:.2f}; {processor:.2f}"),
+            ("edges and features reached; inputs that reach them", "{:,} and {:,}; {:,}".format(*map(int, reached))),
+        ]
+    return figures
+
+
+def kills(options):
+    """Trainings killed (SIGKILL) and resumed, half of them while they save: thresholds as if nothing had been."""
+    from kills import FRAMEWORKS, survive
+
+    figures = []
+    for framework in FRAMEWORKS:
+        say(f"  {framework}")
+        with tempfile.TemporaryDirectory() as folder:
+            struck = survive(framework, Path(folder), options.kills)
+        figures.append((framework, f"{options.kills} kills, {struck} while it was saving"))
+    return figures
+
+
+def threads(options):
+    """Eight threads that push and ask one history."""
+    seconds = str(options.thread_seconds)
+    said = pytest("tests/core/test_threads.py", "holds_what_all_of_them_pushed", AUTOCLIP_THREAD_SECONDS=seconds)
+    [norms] = counted(r"([\d,]+) norms of 8 threads", said)
+    return [("seconds", seconds), ("norms at the end, the union of what each thread pushed", f"{norms:,}")]
+
+
+PARTS = {part.__name__: part for part in (faults, valgrind, fuzz, kills, threads)}
+
+
+# --- The record -------------------------------------------------------------------------------------------------------
+
+
+def report(record):
+    """The Markdown page."""
+    page = ["# Long runs", OPENING]
+    for name, part in PARTS.items():
+        if name in record:
+            kept = record[name]
+            page.append(f"## {name.capitalize()}\n\n{part.__doc__}")
+            page.append(table(["counted", "how much"], kept["figures"]))
+            page.append(f"{kept['date']}, commit {kept['machine']['commit']}, {kept['minutes']} minutes.")
+    page.append(facts_table({fact: value for fact, value in kept["machine"].items() if fact != "commit"}))
+    return "\n\n".join(page) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--fuzz-seconds", type=int, default=7200, help="of each fuzzer (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=30, help="of each framework (default: %(default)s)")
+    parser.add_argument("--thread-seconds", type=int, default=60, help="(default: %(default)s)")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    path = RESULTS / "soak.json"
+    for name in options.parts or PARTS:
+        say(f"{name}: {PARTS[name].__doc__}")
+        facts, began = machine_facts(), time.monotonic()
+        figures = PARTS[name](options)
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record[name] = {
+            "figures": figures,
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "minutes": round((time.monotonic() - began) / 60),
+            "machine": facts,
+        }
+        replace(path, json.dumps(record, indent=2) + "\n")
+        replace(path.with_suffix(".md"), report(record))
+        say("\n".join(f"  {what}: {much}" for what, much in figures))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FaultError, AssertionError) as error:
+        raise SystemExit(f"error: {error}") from None
