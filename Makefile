@@ -3,7 +3,7 @@
 ## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
 ## make oldest  the JAX, TensorFlow and Keras tests on the oldest versions that pyproject.toml allows
 ## make coverage  that the C tests reach every line and branch of the kernel
-## make soak    the long forms: two hours of each fuzzer (FUZZ_SECONDS), thirty kills, 220 mutants
+## make soak    the long forms of the tests, with their figures: most of a day; SOAK="--help" for parts and options
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -17,9 +17,8 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-FUZZ_SECONDS ?= 7200
 .PHONY: help demo test cross oldest oldest-jax oldest-tensorflow coverage soak bench format clean tools static python
-.PHONY: c-asan c-tsan c-release c-msan c-fuzz c-coverage c-aarch64 c-s390x c-i386 c-windows
+.PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
 help:
 	@sed -n 's/^## \?//p' Makefile
@@ -82,13 +81,13 @@ static: .venv/test
 	clang-format --dry-run --Werror --style=file:csrc/.clang-format $(C_SOURCES)
 	mypy
 
-c-asan c-tsan c-release c-aarch64 c-s390x c-i386 c-windows: c-%: .venv/test
+c-asan c-tsan c-release c-valgrind c-aarch64 c-s390x c-i386 c-windows: c-%: .venv/test
 	cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*
 
 # From Debian: clang, libclang-rt-dev. Where libFuzzer is absent this says so, and fails where everything is demanded.
 c-msan c-fuzz: c-%: .venv/test
 	@if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | clang -x c -fsanitize=fuzzer -o /dev/null - 2>/dev/null; \
-	then cd csrc && cmake --preset $* $(FUZZ) && cmake --build --preset $* && ctest --preset $*; \
+	then cd csrc && cmake --preset $* && cmake --build --preset $* && ctest --preset $*; \
 	else echo "absent, its tests are skipped: libFuzzer"; test -z "$$AUTOCLIP_DEMAND_ALL"; fi
 
 # From Debian: gcovr.
@@ -99,10 +98,9 @@ c-coverage: .venv/test
 	find build/coverage -name '*.gcda' -delete 2>/dev/null || true
 	cd csrc && cmake --preset coverage && cmake --build --preset coverage && ctest --preset coverage
 
-soak: coverage
-	$(MAKE) c-fuzz FUZZ=-DAUTOCLIP_FUZZ_SECONDS=$(FUZZ_SECONDS)
-	AUTOCLIP_KILLS=30 AUTOCLIP_BACKEND=native pytest -rP tests/test_kills.py
-	python -P tests/mutation.py --count 220
+# From Debian: valgrind, and what c-fuzz and coverage need.
+soak: .venv/test
+	AUTOCLIP_BACKEND=native python -P tests/soak.py $(SOAK)
 
 python: .venv/test
 	AUTOCLIP_BACKEND=native pytest

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autoclip_core import NormHistory
 from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -126,6 +127,7 @@ def machine_facts(packages: Iterable[str] = ()) -> dict[str, str]:
         "Python": platform.python_version(),
     }
     facts |= {name: _package(name) for name in ("autoclip-core", "numpy", *packages)}
+    facts["backend"] = NormHistory().backend
     facts["commit"] = commit()
     facts["load when it began"] = f"{os.getloadavg()[0]:.2f} running processes"
     return facts

@@ -489,7 +489,6 @@ def plot(measured: Measurements, sizes: list[int], path: Path) -> None:
 def main() -> None:
     options = parse(parser(__doc__, rounds=7))
     facts = machine_facts(["sortedcontainers", "datasketches"])
-    facts["backend"] = NormHistory().backend
     sizes = [10**3, 10**4] if options.quick else [10**k for k in range(3, 8)]
     say("python -m bench history")
     measured, absent = measure(sizes, rounds=options.rounds, operations=1_000 if options.quick else 20_000)

@@ -123,7 +123,6 @@ def plot(points: list[Point], path: Path) -> None:
 def main() -> None:
     options = parse(parser(__doc__, rounds=1))
     facts = machine_facts()
-    facts["backend"] = NormHistory().backend
     scale = 10**4 if options.quick else 1
     block = 10**6 // scale
     sizes = {WINDOWED: 10**9 // scale, UNBOUNDED: 10**8 // scale}

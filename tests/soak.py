@@ -60,8 +60,7 @@ def c_tests(preset, *options):
 
 def pytest(path, name, **environment):
     """Run one test; what it printed."""
-    command = (sys.executable, "-P", "-m", "pytest", "-rP", path, "-k", name)
-    return run(*command, AUTOCLIP_BACKEND="native", AUTOCLIP_DEMAND_ALL="1", **environment)
+    return run(sys.executable, "-P", "-m", "pytest", "-rP", path, "-k", name, AUTOCLIP_DEMAND_ALL="1", **environment)
 
 
 def counted(pattern, text):
@@ -137,6 +136,8 @@ def kills(options):
         say(f"  {framework}")
         with tempfile.TemporaryDirectory() as folder:
             struck = survive(framework, Path(folder), options.kills)
+        if not struck:
+            raise FaultError("no kill struck while the training was saving: nothing was tested")
         figures.append((framework, f"{options.kills} kills, {struck} while it was saving"))
     return figures
 

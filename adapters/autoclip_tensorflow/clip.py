@@ -35,7 +35,7 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
     the norm is that of their sum over the replicas. `tf.train.Checkpoint(clip=clip)` saves all of it.
 
     Args:
-        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip).
+        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip). May be assigned at any step.
         window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
             takes 8 bytes per norm. At most 2**24.
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of

@@ -46,7 +46,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
 
     Args:
         inner_optimizer: any Keras optimizer without a clipping, an accumulation or a loss scaling of its own.
-        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip).
+        percentile: from 0 (clip to the smallest norm seen) to 100 (never clip). May be assigned at any step.
         window: how many norms the variables remember, the oldest leaving first: all norms until the window is full. It
             takes 8 bytes per norm. At most 2**24.
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
