@@ -23,7 +23,8 @@ REMEMBERED = 200_000  # norms before the first step: to save them takes a while,
 
 
 def say(*words):
-    print(*words, flush=True)
+    sys.stdout.write(" ".join(map(str, words)) + "\n")  # at once: a kill never leaves half a line
+    sys.stdout.flush()
 
 
 def train(run, folder, steps):
@@ -186,9 +187,9 @@ def strike(process, while_saving, random):
             break
     time.sleep(random.uniform(0.0, 0.003))
     process.send_signal(signal.SIGKILL)
-    rest, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
-    return [line.split() for line in "".join([*said, rest]).splitlines(keepends=True) if line.endswith("\n")]
+    said += process.stdout  # and not communicate(), which knows nothing of what has been read ahead
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    return [line.split() for line in said]
 
 
 def finish(process):
