@@ -1,5 +1,6 @@
 """A billion observes in one process: does the time of a step, or the memory, drift?"""
 
+import csv
 import statistics
 import time
 from collections.abc import Iterator
@@ -104,7 +105,6 @@ def plot(points: list[Point], path: Path) -> None:
         steps = [point.steps for point in own]
         above, below = panels[:, column]
         above.plot(steps, [point.ns_per_step for point in own], ".", markersize=3, color="#0072B2")
-        above.set_ylim(bottom=0.0)
         below.semilogy(steps, [point.process_bytes / 2**20 for point in own], color="#D55E00", label="the process")
         below.semilogy(steps, [point.history_bytes / 2**20 for point in own], color="#0072B2", label="the history")
         above.set_title(name, loc="left")
@@ -113,6 +113,7 @@ def plot(points: list[Point], path: Path) -> None:
             panel.set_xscale("linear" if name == WINDOWED else "log")
             panel.grid(visible=True, which="major", color="0.9")
             panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylim(bottom=0.0)
     panels[0, 0].set_ylabel("nanoseconds per step")
     panels[1, 0].set_ylabel("MiB")
     panels[1, 0].legend(frameon=False)
@@ -129,12 +130,11 @@ def main() -> None:
     say("python -m bench load")
     points = observe(WINDOWED, NormHistory(window=WINDOW), sizes[WINDOWED], block)
     points += observe(UNBOUNDED, NormHistory(), sizes[UNBOUNDED], block)
-    with (options.output / "load.csv").open("w", encoding="utf-8") as file:
-        kept = [point for point in points if point.steps % (sizes[point.history] // 100) == 0]
-        file.writelines(
-            ",".join(f"{value:.6g}" if isinstance(value, float) else f"{value}" for value in row) + "\n"
-            for row in [Point._fields, *kept]
-        )
+    kept = [point for point in points if point.steps % (sizes[point.history] // 100) == 0]
+    with (options.output / "load.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Point._fields)
+        writer.writerows(point._replace(ns_per_step=round(point.ns_per_step, 1)) for point in kept)
     header = ["steps", "ns per step", "MiB of the history", "bytes per norm", "MiB of the process"]
     page = ["# A billion steps", OPENING.format(period=PERIOD, block=block), *([QUICK_NOTE] if options.quick else [])]
     page.append("![Time per step and memory over the steps](load.png)")
@@ -145,7 +145,7 @@ def main() -> None:
         page += [f"## {steps:,} steps, {name}", table(header, rows)]
     page.append(facts_table(facts))
     (options.output / "load.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    plot(points, options.output / "load.png")
+    plot(kept, options.output / "load.png")
     say(f"written: load.csv, load.md and load.png in {options.output}")
 
 

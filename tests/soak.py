@@ -128,7 +128,7 @@ def fuzz(options):
 
 
 def kills(options):
-    """Trainings killed (SIGKILL) and resumed, half of them while they save: thresholds as if nothing had been."""
+    """Trainings killed (SIGKILL) at random moments and resumed: thresholds as if nothing had been."""
     from kills import FRAMEWORKS, survive
 
     figures = []
@@ -150,7 +150,25 @@ def threads(options):
     return [("seconds", seconds), ("norms at the end, the union of what each thread pushed", f"{norms:,}")]
 
 
-PARTS = {part.__name__: part for part in (faults, valgrind, fuzz, kills, threads)}
+def coverage(_):
+    """Lines and branches that the tests reach: of the kernel (what is excluded is named), of the Python packages."""
+    c_tests("coverage")
+    kernel = run(sys.executable, "-P", "tests/c/coverage.py", "build/coverage").splitlines()[0]
+    packages = re.findall(
+        r"^(autoclip_\w+) +(.+)$", run(sys.executable, "-P", "tests/python_coverage.py"), re.MULTILINE
+    )
+    return [("kernel", kernel.rstrip(".")), *((name, " ".join(figures.split())) for name, figures in packages)]
+
+
+def mutants(options):
+    """Small faults put into kernel and core, one at a time; the tests must notice."""
+    from mutation import campaign
+
+    judged, survived = campaign(options.mutants, say=say)
+    return [("judged", f"{len(judged)}"), ("killed", f"{len(judged) - len(survived)}")]
+
+
+PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads)}
 
 
 # --- The record -------------------------------------------------------------------------------------------------------
@@ -173,6 +191,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--fuzz-seconds", type=int, default=7200, help="of each fuzzer (default: %(default)s)")
+    parser.add_argument("--mutants", type=int, default=220, help="how many to draw (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=30, help="of each framework (default: %(default)s)")
     parser.add_argument("--thread-seconds", type=int, default=60, help="(default: %(default)s)")
     options = parser.parse_args()
