@@ -84,8 +84,9 @@ def _uncounted(_: Any, array: Any) -> Any:
 
 
 # The same array without its reference count, which every inner call would move up and down by atomic instructions: they
-# took half the time of an observe. The caller in Python holds the array until the compiled function returns.
-uncounted: Any = intrinsic(_uncounted)
+# took half the time of an observe. The caller in Python holds the array until the compiled function returns. Where
+# NUMBA_DISABLE_JIT leaves these functions to Python, an intrinsic could not be called.
+uncounted: Any = (lambda array: array) if numba.config.DISABLE_JIT else intrinsic(_uncounted)
 
 
 # Nodes.

@@ -109,3 +109,14 @@ def test_sources_without_a_kernel_say_that_they_are_sources(run_python):
     if said == "native\n":
         pytest.skip("an editable install has its kernel beside the sources")
     assert f"imported from its sources in {root}" in said
+
+
+def test_numba_backend_serves_where_numba_does_not_compile(backend, other_backend, run_python):
+    # The switch is for debugging what uses Numba, of which AutoClip may be a small part.
+    code = """
+from autoclip_core import NormHistory
+history = NormHistory(300, backend="numba")
+print([float(history.observe(float(i * 7919 % 1000), 10.0)) for i in range(1000)])
+history.check()
+"""
+    assert run_python(code, NUMBA_DISABLE_JIT="1") == run_python(code)
