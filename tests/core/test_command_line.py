@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 
 import autoclip_core
 from autoclip_core import NormHistory
+from autoclip_core.__main__ import main
 
 
 def autoclip(*arguments, columns=120, cwd=None, **environment):
@@ -112,6 +114,21 @@ def test_info_tells_who_chose_the_backend(backend):
     assert "by AUTOCLIP_BACKEND" in autoclip("info", AUTOCLIP_BACKEND=backend).stdout
     assert "the first that loads" in autoclip("info", AUTOCLIP_BACKEND="").stdout
     assert 'must be "native"' in autoclip("info", AUTOCLIP_BACKEND="cuda").stdout
+
+
+def test_info_tells_what_is_missing(monkeypatch, capsys):
+    def version(name, installed=metadata.version):
+        if name in ("jax", "optax", "torch"):
+            raise metadata.PackageNotFoundError
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "autoclip_tensorflow", None)  # as where the sources are imported
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["autoclip_torch"] == "torch not installed"
+    assert facts["autoclip_jax"] == "jax and optax not installed"
+    assert facts["autoclip_tensorflow"] == "not installed"
 
 
 @pytest.mark.parametrize("window", [None, 300])
