@@ -86,7 +86,8 @@ def _uncounted(_: Any, array: Any) -> Any:
 # The same array without its reference count, which every inner call would move up and down by atomic instructions: they
 # took half the time of an observe. The caller in Python holds the array until the compiled function returns. Where
 # NUMBA_DISABLE_JIT leaves these functions to Python, an intrinsic could not be called.
-uncounted: Any = (lambda array: array) if numba.config.DISABLE_JIT else intrinsic(_uncounted)
+_has_compiler = not numba.config.DISABLE_JIT  # type: ignore[attr-defined] # set when numba is imported
+uncounted: Any = intrinsic(_uncounted) if _has_compiler else lambda array: array
 
 
 # Nodes.

@@ -1,12 +1,14 @@
 """The choice of the backend: by name or not at all, and never in silence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import autoclip_core
 from autoclip_core import AutoClip, BackendError, NormHistory, kernel_library
 
 HERE = Path(__file__).resolve().parent
@@ -120,3 +122,24 @@ print([float(history.observe(float(i * 7919 % 1000), 10.0)) for i in range(1000)
 history.check()
 """
     assert run_python(code, NUMBA_DISABLE_JIT="1") == run_python(code)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the user's cache is not named by the environment")
+def test_numba_backend_serves_where_its_code_cannot_be_kept(backend, other_backend, run_python, tmp_path):
+    copied = shutil.copytree(
+        Path(autoclip_core.__file__).parent, tmp_path / "autoclip_core", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    file = copied / "__pycache__"  # below a file nothing can be kept
+    file.touch()
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as warned:
+    from autoclip_core import NormHistory
+    history = NormHistory(backend="numba")
+history.push(2.0)
+print(history.values(), *[warning.message for warning in warned])
+"""
+    said = run_python(code, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=str(file), HOME=str(file))
+    assert said.startswith("[2.] The Numba backend will be compiled anew in every process")
+    assert "set NUMBA_CACHE_DIR" in said
