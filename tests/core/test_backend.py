@@ -114,14 +114,25 @@ def test_sources_without_a_kernel_say_that_they_are_sources(run_python):
 
 
 def test_numba_backend_serves_where_numba_does_not_compile(backend, other_backend, run_python):
-    # The switch is for debugging what uses Numba, of which AutoClip may be a small part.
+    # The switch is for debugging what uses Numba, of which AutoClip may be a small part. It is also how the coverage of
+    # compiled functions is known: norms that come from all sides at first, and drift away then, go through all of them.
     code = """
 from autoclip_core import NormHistory
-history = NormHistory(300, backend="numba")
-print([float(history.observe(float(i * 7919 % 1000), 10.0)) for i in range(1000)])
-history.check()
+for window in (None, 1, 300, 4400):
+    history = NormHistory(window, backend="numba")
+    thresholds = history.observe_many([i * 7919 % 10007 for i in range(6000)], [10.0, 90.0]).ravel().tolist()
+    thresholds += [history.observe(i * 7919 % 1000 + 2.0 * i, 10.0) for i in range(9000)]
+    thresholds += [history.observe(-1.0, 10.0), history.percentile(50.0)]
+    history.extend(range(500))
+    history.extend(range(5000))
+    history.check()
+    print(float(sum(thresholds)), int(history.rank(700.0)), history.to_bytes()[-8:])  # the checksum of all norms
+history.clear()
+print(int(history.rank(700.0)), history.to_bytes()[-8:])
 """
-    assert run_python(code, NUMBA_DISABLE_JIT="1") == run_python(code)
+    without = run_python(code, "-W", "ignore:overflow encountered in scalar", NUMBA_DISABLE_JIT="1")
+    assert without == run_python(code)
+    assert len(without.splitlines()) == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the user's cache is not named by the environment")
