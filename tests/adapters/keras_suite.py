@@ -203,12 +203,14 @@ def test_mixed_precision_lets_unscaled_finite_norms_in():
         keras.config.set_dtype_policy("float32")
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     model.optimizer.initial_scale = 2.0**20
-    fit(model)
+    logs = fit(model, callbacks=[AutoClipLogger()]).history
     assert ops.convert_to_numpy(model.optimizer.dynamic_scale) < 2.0**20
     metrics = numbers(model.optimizer.inner_optimizer)
     assert 0 < metrics["steps"] < 24
     assert metrics["nonfinite_steps"] == 0
     assert 0.1 < metrics["grad_norm"] < 100
+    assert logs["grad_norm"] == [metrics["grad_norm"]]
+    assert logs["clipped"] == [metrics["clipped_steps"] / metrics["steps"]]
 
 
 def test_schedules_reach_the_inner_optimizer():
@@ -531,6 +533,28 @@ def test_operations_of_keras_serve_where_the_kernel_cannot_be_called(monkeypatch
     assert_like_reference(model, reference(window=10))
     with pytest.raises(BackendError, match="where PyTorch has the variables on the CPU and the kernel is compiled"):
         fit(make_model(make_optimizer(history=NormHistory())))
+
+
+def test_operations_serve_where_the_kernel_is_not_compiled(run_python, other_backend):
+    code = """
+import os, warnings
+os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
+warnings.simplefilter("ignore")
+import keras
+from autoclip_core import BackendError, NormHistory
+from autoclip_tensorflow import AutoClipOptimizer
+optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), 50.0)
+variable = keras.Variable([0.0])
+for grad in (1.0, 2.0):
+    optimizer.apply([keras.ops.convert_to_tensor([grad])], [variable])
+print(float(optimizer.metrics()["clip_threshold"]), float(variable[0]))
+try:
+    AutoClipOptimizer(keras.optimizers.SGD(1.0), history=NormHistory())
+except BackendError as error:
+    print("no history")
+"""
+    assert run_python(code, AUTOCLIP_BACKEND="numba") == "1.5 -2.5\nno history\n"
+    assert run_python(code, AUTOCLIP_BACKEND="native").startswith("1.5 -2.5\n")
 
 
 @on_torch

@@ -135,6 +135,17 @@ def test_callback_serves_both_packages(pl, make_trainer):
     expect_same(module, callback, fit_by_hand())
 
 
+def test_callback_is_that_of_the_package_that_is_there(run_python):
+    code = """
+import sys
+sys.modules["lightning"] = None
+from autoclip_torch.lightning import AutoClipCallback
+import pytorch_lightning
+print(issubclass(AutoClipCallback, pytorch_lightning.Callback))
+"""
+    assert run_python(code, "-W", "ignore") == "True\n"
+
+
 def test_accumulated_gradients_are_one_step(make_trainer):
     callback, module = AutoClipCallback(), Module()
     make_trainer(callback, accumulate_grad_batches=3).fit(module, make_data())

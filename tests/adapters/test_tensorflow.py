@@ -259,6 +259,13 @@ def test_tree_that_cannot_be_reached_is_refused(monkeypatch):
         AutoClip(history=NormHistory())
 
 
+def test_tree_is_refused_where_tensorflow_has_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel, "_obstacle", kernel._obstacle.__wrapped__)
+    monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path))
+    with pytest.raises(BackendError, match=r"no libtensorflow_framework in .*variables keep the last `window` norms"):
+        AutoClip(history=NormHistory())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

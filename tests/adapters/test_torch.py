@@ -352,7 +352,16 @@ def test_conjugated_gradients_are_scaled_in_place():
     assert param.grad.tolist() == [3 + 4j]
 
 
-def test_sparse_gradients_are_coalesced_before_they_are_measured():
+@pytest.mark.parametrize("norm_of_the_small", [None, 0.0, 3.0])
+def test_large_gradients_are_measured_beside_small_ones_and_alone(norm_of_the_small):
+    large = [param_with(torch.full((2**16,), 0.25)), param_with(torch.full((2, 2**16), -0.5))]
+    small = [] if norm_of_the_small is None else [param_with([0.0, norm_of_the_small])]
+    norm = AutoClip([large[0], *small, large[1]]).step().norm
+    assert norm == pytest.approx(sqrt(2**12 + 2**15 + (norm_of_the_small or 0.0) ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("are_coalesced", [False, True])
+def test_sparse_gradients_are_coalesced_before_they_are_measured(are_coalesced):
     embedding = nn.Embedding(10, 2, sparse=True)
     clip = AutoClip(embedding, 0.0)
 
@@ -360,6 +369,8 @@ def test_sparse_gradients_are_coalesced_before_they_are_measured():
         embedding.zero_grad()
         (embedding(torch.tensor([1, 1, 7])) * value).sum().backward()
         assert embedding.weight.grad.is_sparse
+        if are_coalesced:
+            embedding.weight.grad = embedding.weight.grad.coalesce()
 
     set_grad(1.0)
     assert clip.step().norm == pytest.approx(sqrt(2 * 2**2 + 2 * 1**2))
@@ -583,6 +594,34 @@ def test_attach_takes_a_closure_that_is_none():
     backward(model, 1)
     optimizer.step(closure=None)
     assert clip.steps == 2
+
+
+def test_attach_says_that_lbfgs_needs_a_closure():
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    clip = attach(optimizer)
+    backward(model, 0)
+    before = values_of(model)
+    with pytest.raises(AutoClipTypeError, match=r"LBFGS\.step\(\) needs a closure"):
+        optimizer.step(None)
+    assert are_equal(before, values_of(model))
+    assert clip.steps == 0
+
+
+@every_optimizer
+def test_attached_step_without_any_gradient_warns_once_and_changes_nothing(make_optimizer):
+    model = make_model()
+    optimizer = make_optimizer(model.parameters())
+    clip = attach(optimizer)
+    before = values_of(model)
+    with pytest.warns(RuntimeWarning, match="No parameter has a gradient"):
+        optimizer.step()
+    optimizer.step()
+    assert are_equal(before, values_of(model))
+    assert len(clip.history) == 0
+    backward(model, 0)
+    optimizer.step()
+    assert len(clip.history) == 1
 
 
 def test_attach_records_every_gradient_that_lbfgs_evaluates():
@@ -1024,3 +1063,28 @@ def test_gradient_after_a_dropped_step_that_failed_is_kept():
     weight.grad = torch.tensor([2.0])
     optimizer.step()
     assert (weight.item(), clip.history.values().tolist()) == (-2.0, [2.0])
+
+
+def test_scale_after_a_step_that_failed_is_that_of_the_gradscaler():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    clip = attach(optimizer, 0.0)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    def step(grad, scale):
+        # What a GradScaler does with a fused optimizer.
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        weight.grad = torch.tensor([grad * scale])
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+
+    step(1.0, 4.0)
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        step(2.0, 4.0)
+    handle.remove()
+    step(4.0, 8.0)
+    assert clip.history.values().tolist() == [1.0, 2.0, 4.0]
+    assert weight.item() == -2.0

@@ -145,6 +145,17 @@ def test_rank_without_gradients_takes_part(results, kind, scope, mode):
     assert returned[0]["steps"] == 3  # the second step() on the same gradients counts on no rank
 
 
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_gradients_that_are_placed_unlike_their_parameters_are_clipped(results, mode):
+    grad = torch.arange(16.0).view(4, 4)
+    norm = (3 * grad.square().sum()).sqrt().item()
+    for result in results(2, f"placed_elsewhere {mode}"):
+        assert result["norms"] == pytest.approx([norm, 2 * norm], rel=1e-6)
+        for clipped in result["grads"]:
+            torch.testing.assert_close(clipped, grad)
+        assert result["stay"] == [True] * 3
+
+
 def test_optimizer_that_overlaps_with_backward_is_refused(results):
     for messages in results(2, "overlap"):
         assert ["overlap_with_ddp=True" in message for message in messages] == [True]

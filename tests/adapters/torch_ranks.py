@@ -334,6 +334,24 @@ def without_gradients(rank, world, folder, *, way, sharded):
     }
 
 
+def placed_elsewhere(rank, world, folder, *, mode):
+    """A step on gradients that are not placed as their parameters are, and are no sums to be added up."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    places = [(Shard(0), Shard(1)), (Shard(0), Replicate()), (Replicate(), Shard(0))]
+    params = [nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [place])) for place, _ in places]
+    clip = AutoClip(params, 0.0, mode=mode)
+    norms = []
+    for size in (1.0, 2.0):
+        for param, (_, place) in zip(params, places, strict=True):
+            param.grad = distribute_tensor(size * torch.arange(16.0).view(4, 4), mesh, [place])
+        norms.append(float(clip.step().norm))
+    grads = [full(param.grad) for param in params]
+    return {"norms": norms, "grads": grads, "stay": [param.grad.placements == param.placements for param in params]}
+
+
 def collectives(rank, world, folder):
     """How many numbers cross the network in each collective of a step, by layout and way."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -414,6 +432,7 @@ def scenarios(world):
     if world == 2:
         found["overlap"] = overlap
         for mode in ("immediate", "deferred"):
+            found[f"placed_elsewhere {mode}"] = partial(placed_elsewhere, mode=mode)
             for scope in ("global", "parameter"):
                 way = Way(scope, mode, "step")
                 found[f"without_gradients sharded {way}"] = partial(without_gradients, way=way, sharded=True)

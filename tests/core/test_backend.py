@@ -1,12 +1,14 @@
 """The choice of the backend: by name or not at all, and never in silence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import autoclip_core
 from autoclip_core import AutoClip, BackendError, NormHistory, kernel_library
 
 HERE = Path(__file__).resolve().parent
@@ -109,3 +111,46 @@ def test_sources_without_a_kernel_say_that_they_are_sources(run_python):
     if said == "native\n":
         pytest.skip("an editable install has its kernel beside the sources")
     assert f"imported from its sources in {root}" in said
+
+
+def test_numba_backend_serves_where_numba_does_not_compile(backend, other_backend, run_python):
+    # The switch is for debugging what uses Numba, of which AutoClip may be a small part. It is also how the coverage of
+    # compiled functions is known: norms that come from all sides at first, and drift away then, go through all of them.
+    code = """
+from autoclip_core import NormHistory
+for window in (None, 1, 300, 4400):
+    history = NormHistory(window, backend="numba")
+    thresholds = history.observe_many([i * 7919 % 10007 for i in range(6000)], [10.0, 90.0]).ravel().tolist()
+    thresholds += [history.observe(i * 7919 % 1000 + 2.0 * i, 10.0) for i in range(9000)]
+    thresholds += [history.observe(-1.0, 10.0), history.percentile(50.0)]
+    history.extend(range(500))
+    history.extend(range(5000))
+    history.check()
+    print(float(sum(thresholds)), int(history.rank(700.0)), history.to_bytes()[-8:])  # the checksum of all norms
+history.clear()
+print(int(history.rank(700.0)), history.to_bytes()[-8:])
+"""
+    without = run_python(code, "-W", "ignore:overflow encountered in scalar", NUMBA_DISABLE_JIT="1")
+    assert without == run_python(code)
+    assert len(without.splitlines()) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the user's cache is not named by the environment")
+def test_numba_backend_serves_where_its_code_cannot_be_kept(backend, other_backend, run_python, tmp_path):
+    copied = shutil.copytree(
+        Path(autoclip_core.__file__).parent, tmp_path / "autoclip_core", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    file = copied / "__pycache__"  # below a file nothing can be kept
+    file.touch()
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as warned:
+    from autoclip_core import NormHistory
+    history = NormHistory(backend="numba")
+history.push(2.0)
+print(history.values(), *[warning.message for warning in warned])
+"""
+    said = run_python(code, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=str(file), HOME=str(file))
+    assert said.startswith("[2.] The Numba backend will be compiled anew in every process")
+    assert "set NUMBA_CACHE_DIR" in said

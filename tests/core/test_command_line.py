@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 
 import autoclip_core
 from autoclip_core import NormHistory
+from autoclip_core.__main__ import main
 
 
 def autoclip(*arguments, columns=120, cwd=None, **environment):
@@ -64,6 +66,15 @@ def test_replay_prints_json(norms):
     assert content["settings"][2]["clipped_share"] == pytest.approx((values > 0.5).sum() / 502)
 
 
+@pytest.mark.parametrize(
+    ("norms", "says"),
+    [("1\n2\n", ""), ("1\n0\n0\n", "not remembered: 2 zero"), ("inf\n2\n", "not remembered: 1 nonfinite")],
+)
+def test_replay_says_what_was_not_remembered(norms, says, tmp_path):
+    (tmp_path / "norms.csv").write_text(norms, encoding="utf-8")
+    assert autoclip("replay", tmp_path / "norms.csv").stdout.splitlines()[1] == says
+
+
 def test_infinity_is_a_string_in_json(tmp_path):
     path = tmp_path / "norms.csv"
     path.write_text("nan\n0.0\n", encoding="utf-8")
@@ -112,6 +123,31 @@ def test_info_tells_who_chose_the_backend(backend):
     assert "by AUTOCLIP_BACKEND" in autoclip("info", AUTOCLIP_BACKEND=backend).stdout
     assert "the first that loads" in autoclip("info", AUTOCLIP_BACKEND="").stdout
     assert 'must be "native"' in autoclip("info", AUTOCLIP_BACKEND="cuda").stdout
+
+
+def test_info_tells_how_to_get_a_backend_that_is_missing(run_python):
+    code = """
+import sys
+sys.modules["numba"] = None
+from autoclip_core.__main__ import main
+main(["info"])
+"""
+    assert 'pip install "autoclip-core[numba]"' in run_python(code)
+
+
+def test_info_tells_what_is_missing(monkeypatch, capsys):
+    def version(name, installed=metadata.version):
+        if name in ("jax", "optax", "torch"):
+            raise metadata.PackageNotFoundError
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "autoclip_tensorflow", None)  # as where the sources are imported
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["autoclip_torch"] == "torch not installed"
+    assert facts["autoclip_jax"] == "jax and optax not installed"
+    assert facts["autoclip_tensorflow"] == "not installed"
 
 
 @pytest.mark.parametrize("window", [None, 300])

@@ -1,9 +1,11 @@
 """Pictures hold what was given, and bad input is an error; how they look was looked at."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from autoclip_core import AutoClipValueError, NormHistory
+from autoclip_core import AutoClipError, AutoClipValueError, NormHistory
 from autoclip_core.plot import plot_distribution, plot_norms, plot_thresholds
 from autoclip_core.replay import replay
 
@@ -65,6 +67,13 @@ def test_pictures_go_where_they_are_told(norms, plt):
     _, (left, right) = plt.subplots(1, 2)
     assert plot_thresholds(norms, axes=left) is left
     assert plot_distribution(norms, axes=right) is right
+
+
+def test_matplotlib_that_is_missing_is_named_with_the_remedy(norms, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    for draw in (plot_distribution, plot_thresholds):
+        with pytest.raises(AutoClipError, match=r'pip install "autoclip-core\[plot\]"'):
+            draw(norms)
 
 
 def test_what_cannot_be_drawn_is_refused(norms):

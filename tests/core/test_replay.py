@@ -1,6 +1,7 @@
 """A replay is what AutoClip would have done, and the norms are found in what loggers leave behind."""
 
 import json
+import sys
 import warnings
 from math import inf, nan
 
@@ -97,6 +98,7 @@ FILES = {
     "one.jsonl": ('{"loss": 1, "grad_norm": 1.5}\n', "grad_norm", [1.5]),
     "lines.json": ('{"grad_norm": 1.5}\n{"grad_norm": 2.5}\n', "grad_norm", [1.5, 2.5]),
     "nulls.jsonl": ('{"grad_norm": null}\n{"grad_norm": 2}\n{"grad_norm": "3.5"}\n', "grad_norm", [2.0, 3.5]),
+    "remarks_between.jsonl": ('{"grad_norm": 1.5}\n\n"resumed"\n{"grad_norm": 2.5}\n', "grad_norm", [1.5, 2.5]),
     "list.json": ("[1.5, 2, 3.5]", "norm", [1.5, 2.0, 3.5]),
     "records.json": ('[{"grad_norm": 1.5},\n {"loss": 2}]', "grad_norm", [1.5]),
     "trainer_state.json": (
@@ -165,6 +167,13 @@ def test_norms_are_read_from_tensorboard(as_tensors, tmp_path, absent):
     for path in (tmp_path, file):
         norms, name = read_norms(path)
         assert (norms.tolist(), name) == ([1.5, 2.5, 0.5], "train/grad_norm")
+
+
+def test_tensorboard_that_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    (tmp_path / "events.out.tfevents.1").touch()
+    with pytest.raises(AutoClipValueError, match="pip install tensorboard"):
+        read_norms(tmp_path)
 
 
 def test_folder_without_events_names_what_it_holds(tmp_path):
