@@ -64,13 +64,20 @@ WRAPS = (
 
 # Lines of which no mutants are made, for no answer depends on them: the file, the beginning of the line, and why.
 EXCLUDED = [
+    ("_numba.py", "if len(norms) <= len(self) // 4:", "whether to insert norms or to build anew"),
+    ("check.c", "bits = (bits ^ bits >>", "how well a mark mixes: two sets share one by a chance of 2^-64"),
     ("history.c", "if (iterator->leaf.next != NULL) prefetch(", "a prefetch"),
     ("history.c", "if (new_capacity > SIZE_MAX", "a norm for every byte of the address space"),
     ("history.c", "if (more > UINT64_MAX", "the caller's own array would be larger than the address space"),
     ("history.c", "if (size > SIZE_MAX", "only where addresses have 32 bits, and then at 4 GB of norms"),
+    ("history.c", "history->buffered_before", "where the next search begins"),
+    ("history.c", "} else if (!in_leaf(history, rank - near - 1)) {", "whether a search gallops or descends"),
+    ("history.c", "if (count > history->tree.size / 4) return rebuild(", "whether to insert norms or to build anew"),
+    ("history.c", "if (count > HISTORY_BUFFER && count > history_size", "whether to insert norms or to build anew"),
     ("history.c", "enum { FIRST = 8 };", "how fast arrays grow"),
     ("history.c", "uint64_t grown = capacity < FIRST / 2", "how fast arrays grow"),
     ("history.c", "double block[64];", "how many norms are merged at a time"),
+    ("history.py", "array = ordered", "the backend sorts what is not sorted"),
     ("memory.c", "(void)madvise(", "advice on huge pages"),
     ("memory.c", "if (size >= HUGE_PAGE)", "which blocks get huge pages"),
     ("ostree.c", "prefetch(", "a prefetch"),
@@ -90,8 +97,31 @@ EXCLUDED = [
     ("sort.c", "INNER_BITS = 10,", "into how many ranges"),
 ]
 
-# Single mutants that cannot either: the file, the beginning of what is printed of the mutant, and why.
-EQUIVALENT = []
+# Single mutants that are judged, but that no test can tell from the original: the file, the function, the beginning of
+# the mutant, and why.
+EQUIVALENT = [
+    ("history.c", "find_buffered_before", "[high = near; -> ;]", "only the gallop takes longer"),
+    (
+        "ostree.c",
+        "autoclip_tree_locate",
+        "if (next + others_size [> -> >=] rank",
+        "where equal, the second condition fails",
+    ),
+    (
+        "ostree.c",
+        "autoclip_tree_locate",
+        "[if (next_min != NULL) leaf.others_high",
+        "a wider bound: the search takes longer",
+    ),
+    (
+        "ostree.c",
+        "make_room",
+        "if (has_left && child_size(parent, at - 1, level) [<= -> <] enough)",
+        "how full nodes become",
+    ),
+    ("ostree.c", "erase_from_leaf", "bool same_nodes = [true -> false];", "one more descent"),
+    ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, here"),
+]
 
 SWAPS = {
     "<": "<=",
@@ -146,6 +176,14 @@ class Mutant(NamedTuple):
         source = source_of(self.file)
         return source[source.rfind("\n", 0, self.start) + 1 : source.find("\n", self.start)].strip()
 
+    def within(self):
+        """The function that it is in; of what stands before the first, nothing."""
+        beginning = r"^()[a-z].*?(\w+)\(" if self.kind == "kernel" else r"^( *)def (\w+)"
+        before = re.findall(beginning, source_of(self.file)[: self.start], re.MULTILINE)
+        line = source_of(self.file)[: self.start].rpartition("\n")[2]
+        depth = len(line) - len(line.lstrip(" "))
+        return ["", *(name for indent, name in before if len(indent) < depth)][-1]
+
     def change(self):
         source = source_of(self.file)
         before = source[source.rfind("\n", 0, self.start) + 1 : self.start].lstrip()
@@ -153,7 +191,8 @@ class Mutant(NamedTuple):
         return f"{before}[{' '.join(source[self.start : self.end].split())} -> {self.text}]{after}"
 
     def __str__(self):
-        return f"{self.file.name}:{source_of(self.file).count(chr(10), 0, self.start) + 1}: {self.change()}"
+        line = source_of(self.file).count("\n", 0, self.start) + 1
+        return f"{self.file.name}:{line}, {self.within()}: {self.change()}"
 
 
 @cache
@@ -169,15 +208,28 @@ def number_after(text):
     return text.replace(re.match(r"\d+", text)[0], str(int(re.match(r"\d+", text)[0]) + 1), 1)
 
 
+# The smaller or the greater of two numbers; of two that are equal either will do.
+TERM = r"[\w>.\[\]()-]+(?: [-+] [\w>.\[\]()-]+)*"
+CHOICE = re.compile(
+    rf"({TERM}) [<>] ({TERM}) \? (?:(?:\(size_t\))?\(?\1\)? : \2|\2 : \1)\b|if \(({TERM}) [<>] ({TERM})\) \3 = \4;"
+)
+
+
 def mutants_of_c(file):
     source = source_of(file)
     hidden = re.compile(r'/\*.*?\*/|"(\\.|[^"\\\n])*"|\'(\\.|[^\'\\])*\'|^[ \t]*#.*?(?<!\\)$', re.DOTALL | re.MULTILINE)
     code = hidden.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
+    choices = {
+        match.start() + match[0].index(sign)
+        for match in CHOICE.finditer(code)
+        for sign in (" < ", " > ")
+        if sign in match[0]
+    }
     # A star may be a pointer's, an ampersand an address, a bracket an include: only with spaces around, as is laid out.
     for match in re.finditer(
         r"(?<= )(?:[<>=!]=|[<>]|[-+*/%|&]=?|&&|\|\||<<|>>)(?= )|\+\+|\b(?:true|false|break)\b", code
     ):
-        if match[0] in SWAPS:
+        if match[0] in SWAPS and match.start() - 1 not in choices:
             yield Mutant(file, *match.span(), SWAPS[match[0]])
     for match in re.finditer(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", code):
         yield Mutant(file, *match.span(), number_after(match[0]))
@@ -237,12 +289,12 @@ def every_mutant():
         assert len(kept) < len(made), f"excluded, but not there: {file}: {beginning}"
         made = kept
     for entry in EQUIVALENT:
-        assert any(fits(entry, mutant) for mutant in made), f"equivalent, but not there: {entry[0]}: {entry[1]}"
+        assert any(fits(entry, mutant) for mutant in made), f"equivalent, but not there: {entry[:3]}"
     return made
 
 
 def fits(entry, mutant):
-    return mutant.file.name == entry[0] and mutant.change().startswith(entry[1])
+    return (mutant.file.name, mutant.within()) == entry[:2] and mutant.change().startswith(entry[2])
 
 
 def mutants(count, seed=0):
@@ -252,7 +304,7 @@ def mutants(count, seed=0):
     seen = Counter()
     lots = {}
     for mutant in every_mutant():
-        name = f"{mutant.file.name} {mutant.change()}"
+        name = f"{mutant.file.name} {mutant.within()} {mutant.change()}"
         seen[name] += 1
         lots[mutant] = random.Random(f"{seed} {name} {seen[name]}").random()  # noqa: S311 - whatever the others are
     drawn = sorted(lots, key=lots.get)
@@ -264,7 +316,7 @@ def mutants(count, seed=0):
 
 def passes(command, patience=120, memory="8000000", **options):
     """Whether a command succeeds in so many seconds of the processor and KiB; whatever it started ends with it."""
-    limits = f'ulimit -t {int(patience) + 1}; ulimit -v {memory}; exec "$@"'
+    limits = f'ulimit -S -t {int(patience) + 1}; ulimit -S -v {memory}; exec "$@"'
     command = ["sh", "-c", limits, "sh", *map(str, command)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options
@@ -410,7 +462,7 @@ def campaign(count, seed=0, say=lambda line: None):
 
 def reason_of(mutant):
     """Why no test can tell this mutant from the original; None if nobody has said."""
-    return next((entry[2] for entry in EQUIVALENT if fits(entry, mutant)), None)
+    return next((entry[3] for entry in EQUIVALENT if fits(entry, mutant)), None)
 
 
 def report(judged, survived):
