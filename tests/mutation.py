@@ -38,7 +38,7 @@ CORE = ROOT / "autoclip_core"
 KNOWN_BY = {
     "_backend.py": "test_backend",
     "_native.py": "test_history test_bad_input test_memory",
-    "_numba.py": "test_history test_percentile test_snapshot",
+    "_numba.py": "test_history test_percentile test_snapshot test_model",
     "__main__.py": "test_command_line",
     "arrays.py": "test_arrays",
     "clip.py": "test_clip test_state test_bad_input",
@@ -66,12 +66,14 @@ WRAPS = (
 EXCLUDED = [
     ("_numba.py", "if len(norms) <= len(self) // 4:", "whether to insert norms or to build anew"),
     ("check.c", "bits = (bits ^ bits >>", "how well a mark mixes: two sets share one by a chance of 2^-64"),
+    ("check.c", "return bits ^ bits >>", "how well a mark mixes"),
     ("history.c", "if (iterator->leaf.next != NULL) prefetch(", "a prefetch"),
     ("history.c", "if (new_capacity > SIZE_MAX", "a norm for every byte of the address space"),
     ("history.c", "if (more > UINT64_MAX", "the caller's own array would be larger than the address space"),
     ("history.c", "if (size > SIZE_MAX", "only where addresses have 32 bits, and then at 4 GB of norms"),
     ("history.c", "history->buffered_before", "where the next search begins"),
     ("history.c", "} else if (!in_leaf(history, rank - near - 1)) {", "whether a search gallops or descends"),
+    ("history.c", "for (size_t step = 1; low + step <= high; step *= 2) {", "how fast a search gallops"),
     ("history.c", "if (count > history->tree.size / 4) return rebuild(", "whether to insert norms or to build anew"),
     ("history.c", "if (count > HISTORY_BUFFER && count > history_size", "whether to insert norms or to build anew"),
     ("history.c", "enum { FIRST = 8 };", "how fast arrays grow"),
@@ -100,27 +102,38 @@ EXCLUDED = [
 # Single mutants that are judged, but that no test can tell from the original: the file, the function, the beginning of
 # the mutant, and why.
 EQUIVALENT = [
-    ("history.c", "find_buffered_before", "[high = near; -> ;]", "only the gallop takes longer"),
+    (
+        "_numba.py",
+        "_pool_for",
+        "needed = min(more * int(facts[HEIGHT] + [3 -> 4])",
+        "more rows promised than are needed",
+    ),
+    ("history.c", "autoclip_history_read", "iterator->array_left [-= -> +=] part;", "not asked any more"),
+    ("history.c", "find_buffered_before", "[high = near; -> ;]", "a longer gallop"),
+    ("history.c", "recall_oldest", "uint64_t count = HISTORY_BUFFER / [2 -> 3]", "how many are recalled at a time"),
+    ("history.c", "trim_buffer", "if (history->buffer_capacity [<= -> <] HISTORY_BUFFER)", "a copy of the same size"),
     (
         "ostree.c",
-        "autoclip_tree_locate",
-        "if (next + others_size [> -> >=] rank",
-        "where equal, the second condition fails",
+        "pool_reserve",
+        "const uintptr_t padding = (OSTREE_ALIGNMENT - end_of_header [% -> +]",
+        "the same number",
     ),
     (
         "ostree.c",
-        "autoclip_tree_locate",
-        "[if (next_min != NULL) leaf.others_high",
-        "a wider bound: the search takes longer",
+        "pool_reserve",
+        "for (; tree->fresh_count > 0; tree->fresh_count -= 1) pool_give(tree, tree->fresh_nodes[++",
+        "never more than one is left over",
     ),
-    (
-        "ostree.c",
-        "make_room",
-        "if (has_left && child_size(parent, at - 1, level) [<= -> <] enough)",
-        "how full nodes become",
-    ),
+    ("ostree.c", "autoclip_tree_locate", "if (next + others_size [> -> >=] rank", "where equal, what follows is false"),
+    ("ostree.c", "autoclip_tree_locate", "[if (min != NULL) leaf.others_low", "a wider bound, a longer search"),
+    ("ostree.c", "autoclip_tree_locate", "[if (next_min != NULL) leaf.others_high", "a wider bound, a longer search"),
+    ("ostree.c", "make_room", "const size_t enough = capacity - [2 -> 3]", "how full nodes become"),
+    ("ostree.c", "make_room", "const size_t enough = capacity - 2 - capacity / [16 -> 17]", "how full nodes become"),
+    ("ostree.c", "make_room", "if (has_left && child_size(parent, at - 1, level) [<= -> <]", "how full nodes become"),
     ("ostree.c", "erase_from_leaf", "bool same_nodes = [true -> false];", "one more descent"),
-    ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, here"),
+    ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, where this runs"),
+    ("snapshot.c", "autoclip_history_save", "put(header + AT_MINOR, [2 -> 3]", "the next field is written over it"),
+    ("sort.c", "autoclip_sort", "if [(ends[at] - start > SMALL) -> (!(", "insertion sorts as well, and slower"),
 ]
 
 SWAPS = {
@@ -412,15 +425,16 @@ class CoreCourt:
         shutil.copytree(Path(autoclip_core.__file__).parent, self.copy, ignore=shutil.ignore_patterns("__pycache__"))
         self.patience = {}
 
-    def command(self, tests, backend, *, quick):
-        environment = {
-            "PYTHONPATH": str(self.copy.parent),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "AUTOCLIP_BACKEND": backend,
-        }
-        pytest = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        only = ["-k", "not tensorboard and not backends and not in_the_other"] if quick else []
-        return [*pytest, "--hypothesis-profile=hasty", *only, *tests], {"cwd": ROOT, "env": os.environ | environment}
+    def commands(self, mutant):
+        """What is run one after the other, as long as the mutant survives."""
+        numba = mutant.kind == "Numba"
+        known = [f"tests/core/{name}.py" for name in KNOWN_BY[mutant.file.name].split()]
+        for tests, chosen in (
+            (known, "not tensorboard and not backends and not in_the_other"),
+            (["tests/core"], "not command_line and not replay and not plot and not arrays" if numba else ""),
+        ):
+            pytest = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+            yield [*pytest, "--hypothesis-profile=hasty", "-k", chosen, *tests]
 
     def survives(self, mutant):
         try:
@@ -429,10 +443,10 @@ class CoreCourt:
             return None
         changed = self.copy / mutant.file.name
         backend = "numba" if mutant.kind == "Numba" else "native"
-        known = [f"tests/core/{name}.py" for name in KNOWN_BY[mutant.file.name].split()]
-        for tests, quick in ((known, True), (["tests/core"], False)):
-            command, options = self.command(tests, backend, quick=quick)
-            key = str(command) + backend
+        site = {"PYTHONPATH": str(self.copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "AUTOCLIP_BACKEND": backend}
+        options = {"cwd": ROOT, "env": os.environ | site}
+        for command in self.commands(mutant):
+            key = (*command, backend)
             if key not in self.patience:
                 self.patience[key] = patience_for(command, **options)
             changed.write_text(mutant.apply(), encoding="utf-8")

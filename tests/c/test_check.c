@@ -19,6 +19,7 @@ static autoclip_history *make(uint64_t window) {
     }
     REQUIRE(history->tree.height >= 2, "the tree has %u inner levels", history->tree.height);
     REQUIRE(history->buffered > 0, "nothing is buffered");
+    REQUIRE(history->buffer_capacity <= HISTORY_BUFFER, "the buffer grew to %zu norms", history->buffer_capacity);
     return history;
 }
 
