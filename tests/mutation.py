@@ -38,7 +38,7 @@ CORE = ROOT / "autoclip_core"
 KNOWN_BY = {
     "_backend.py": "test_backend",
     "_native.py": "test_history test_bad_input test_memory",
-    "_numba.py": "test_history test_percentile test_snapshot test_model",
+    "_numba.py": "test_check test_history test_percentile test_snapshot test_model",
     "__main__.py": "test_command_line",
     "arrays.py": "test_arrays",
     "clip.py": "test_clip test_state test_bad_input",
@@ -65,6 +65,7 @@ WRAPS = (
 # Lines of which no mutants are made, for no answer depends on them: the file, the beginning of the line, and why.
 EXCLUDED = [
     ("_numba.py", "if len(norms) <= len(self) // 4:", "whether to insert norms or to build anew"),
+    ("_numba.py", "enough = capacity - 2", "how full nodes become before they are split"),
     ("check.c", "bits = (bits ^ bits >>", "how well a mark mixes: two sets share one by a chance of 2^-64"),
     ("check.c", "return bits ^ bits >>", "how well a mark mixes"),
     ("history.c", "if (iterator->leaf.next != NULL) prefetch(", "a prefetch"),
@@ -85,6 +86,7 @@ EXCLUDED = [
     ("ostree.c", "prefetch(", "a prefetch"),
     ("ostree.c", "if (level > 1) {", "what is prefetched"),
     ("ostree.c", "if (level == 1) leaf.next =", "the leaf to prefetch"),
+    ("ostree.c", "const size_t enough =", "how full nodes become before they are split"),
     ("ostree.c", "enum { TOGETHER = 12 };", "how many keys descend side by side"),
     ("ostree.c", "enum { MIN_SLOTS = 2, SHARE = 32 };", "how fast the pool grows"),
     ("ostree.c", "if (slots > (SIZE_MAX / 2", "nodes for half the address space"),
@@ -108,6 +110,12 @@ EQUIVALENT = [
         "needed = min(more * int(facts[HEIGHT] + [3 -> 4])",
         "more rows promised than are needed",
     ),
+    (
+        "_numba.py",
+        "make_room",
+        "if has_left and child_size(links, parent, at - 1, level) [<= -> <]",
+        "how full nodes become",
+    ),
     ("history.c", "autoclip_history_read", "iterator->array_left [-= -> +=] part;", "not asked any more"),
     ("history.c", "find_buffered_before", "[high = near; -> ;]", "a longer gallop"),
     ("history.c", "recall_oldest", "uint64_t count = HISTORY_BUFFER / [2 -> 3]", "how many are recalled at a time"),
@@ -127,8 +135,6 @@ EQUIVALENT = [
     ("ostree.c", "autoclip_tree_locate", "if (next + others_size [> -> >=] rank", "where equal, what follows is false"),
     ("ostree.c", "autoclip_tree_locate", "[if (min != NULL) leaf.others_low", "a wider bound, a longer search"),
     ("ostree.c", "autoclip_tree_locate", "[if (next_min != NULL) leaf.others_high", "a wider bound, a longer search"),
-    ("ostree.c", "make_room", "const size_t enough = capacity - [2 -> 3]", "how full nodes become"),
-    ("ostree.c", "make_room", "const size_t enough = capacity - 2 - capacity / [16 -> 17]", "how full nodes become"),
     ("ostree.c", "make_room", "if (has_left && child_size(parent, at - 1, level) [<= -> <]", "how full nodes become"),
     ("ostree.c", "erase_from_leaf", "bool same_nodes = [true -> false];", "one more descent"),
     ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, where this runs"),
