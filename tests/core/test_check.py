@@ -1,4 +1,4 @@
-"""Every invariant of the Numba backend, broken on purpose: the check must name it. (The kernel: tests/c/test_check.c.)"""
+"""Every invariant of the Numba backend, broken on purpose, as tests/c/test_check.c does it: the check must name it."""
 
 import numpy as np
 import pytest
