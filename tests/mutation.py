@@ -136,9 +136,11 @@ EQUIVALENT = [
     ("ostree.c", "autoclip_tree_locate", "[if (min != NULL) leaf.others_low", "a wider bound, a longer search"),
     ("ostree.c", "autoclip_tree_locate", "[if (next_min != NULL) leaf.others_high", "a wider bound, a longer search"),
     ("ostree.c", "make_room", "if (has_left && child_size(parent, at - 1, level) [<= -> <]", "how full nodes become"),
+    ("ostree.c", "drop_right_edge", "for (unsigned above = level [+ -> -] 1;", "counts in nodes that are free by then"),
     ("ostree.c", "erase_from_leaf", "bool same_nodes = [true -> false];", "one more descent"),
     ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, where this runs"),
     ("snapshot.c", "autoclip_history_save", "put(header + AT_MINOR, [2 -> 3]", "the next field is written over it"),
+    ("snapshot.c", "checksum_end", "if (sum->size > [0 -> 1])", "whole stripes: 0, or 32 at least"),
     ("sort.c", "autoclip_sort", "if [(ends[at] - start > SMALL) -> (!(", "insertion sorts as well, and slower"),
 ]
 

@@ -72,6 +72,19 @@ def test_rows_of_several_histories_make_one_array():
         assert_same_bits(threshold, threshold_of(clip, row, 30.0)[0])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_stand_alone_or_in_arrays_of_any_shape(window):
+    clip, pending = clip_with([3.0, 1.0, 2.0, 5.0], window), [4.0, 2.5]
+    row = np.array(arrays.deferred_table(clip, 2, 30.0))
+    expected, recorded = threshold_of(clip, pending, 30.0)
+    for shape in [(), (1, 1), (2, 3, 1)]:
+        table, norms = (np.broadcast_to(values, (*shape, len(values))) for values in (row, pending))
+        threshold, count = arrays.deferred_threshold(np, table, norms, 30.0, window)
+        assert threshold.shape == count.shape == shape
+        assert (threshold == expected).all()
+        assert (count == recorded).all()
+
+
 @pytest.mark.parametrize("window", [None, 4, 5, 200])
 def test_rows_are_of_one_length_whatever_the_history_and_the_percentile(window):
     clips = [clip_with(make_norms("log-normal", count).tolist(), window) for count in (0, 1, 2, 5, 150, 300)]
