@@ -283,7 +283,6 @@ def _histogram(norms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[n
     if low == high:
         return np.array([len(norms)]), np.array([low, high])
     edges = np.geomspace(low, high, 13) if low > 0.0 else np.linspace(low, high, 13)
-    edges[0], edges[-1] = low, high
     return np.histogram(norms, edges)[0], edges
 
 

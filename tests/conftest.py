@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import autoclip_core
 from autoclip_core import AutoClipError, BackendError, NormHistory
@@ -27,6 +27,10 @@ DEMAND_ALL = bool(os.environ.get("AUTOCLIP_DEMAND_ALL"))
 # time.
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True, print_blob=True)
+# For mutants, of which a failure says enough: the smallest one is not looked for.
+settings.register_profile(
+    "hasty", settings.get_profile("dev"), derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("ci" if DEMAND_ALL or os.environ.get("CI") else "dev")
 
 # Before anything imports it: Hugging Face's hub is not to be asked, nor told.

@@ -255,7 +255,6 @@ static void make_room(ostree *tree, const struct path *path, double key) {
             root->inner.size = 1;
             root->inner.child[0] = tree->root;
             root->inner.count[0] = tree->size;
-            root->inner.min[0] = level == 0 ? tree->root->keys[0] : tree->root->inner.min[0];
             tree->root = root;
             tree->height += 1;
             deal(tree, &root->inner, level, 0, 1, 2);

@@ -295,6 +295,30 @@ static void test_empty_history_takes_at_most_a_kilobyte(void) {
     }
 }
 
+/* Only a -0.0 among ascending norms, which must be rewritten, takes memory to sort them in. */
+static void test_ascending_norms_are_not_sorted_again(void) {
+    enum { COUNT = 1000 };
+    static const double zeros[] = {0.5, 0.0, -0.0};
+    uint64_t requests[sizeof zeros / sizeof *zeros];
+    for (size_t z = 0; z < sizeof zeros / sizeof *zeros; z++) {
+        heap own;
+        autoclip_history *history;
+        double norms[COUNT];
+        for (int i = 0; i < COUNT; i++) {
+            norms[i] = i < 3 ? -1 : i < 6 ? zeros[z] : 1 + i / 4;
+        }
+        heap_create(&own);
+        REQUIRE_OK(autoclip_history_create(0, &own.allocator, &history));
+        heap_arm(&own, 0, false);
+        REQUIRE_OK(autoclip_history_extend(history, norms, COUNT));
+        requests[z] = own.requests;
+        autoclip_history_destroy(history);
+        heap_destroy(&own);
+    }
+    REQUIRE(requests[1] == requests[0], "zeros take %" PRIu64 " requests, not %" PRIu64, requests[1], requests[0]);
+    REQUIRE(requests[2] > requests[0], "-0.0 takes %" PRIu64 " requests", requests[2]);
+}
+
 #if !defined(AUTOCLIP_LEAF) /* the figures are those of the real nodes */
 
 static void test_small_history_takes_at_most_four_kilobytes(void) {
@@ -400,6 +424,7 @@ static void test_large_history_grows_with_the_standard_allocator(void) {
 #endif
 
 TEST_MAIN(MEMORY_TESTS TEST(test_empty_history_takes_at_most_a_kilobyte),
+          TEST(test_ascending_norms_are_not_sorted_again),
           TEST(test_history_is_sound_while_it_grows_through_every_size),
           TEST(test_history_is_sound_however_it_was_filled), TEST(test_window_drains_in_every_order),
           TEST(test_window_takes_arrays_of_every_length), TEST(test_observe_many_takes_arrays_of_every_length));

@@ -19,6 +19,7 @@ static autoclip_history *make(uint64_t window) {
     }
     REQUIRE(history->tree.height >= 2, "the tree has %u inner levels", history->tree.height);
     REQUIRE(history->buffered > 0, "nothing is buffered");
+    REQUIRE(history->buffer_capacity <= HISTORY_BUFFER, "the buffer grew to %zu norms", history->buffer_capacity);
     return history;
 }
 
@@ -146,5 +147,53 @@ static void test_tree_alone_erases_up_to_the_first_key_that_is_not_there(void) {
     }
 }
 
+static bool read_ascending(void *source, double *keys, size_t count) {
+    double *next = source;
+    for (size_t i = 0; i < count; i++) {
+        keys[i] = (*next)++;
+    }
+    return true;
+}
+
+static void test_tree_alone_is_built_of_no_more_nodes_than_it_needs(void) {
+    for (uint64_t size = OSTREE_LEAF + 1; size < 40 * OSTREE_LEAF; size += OSTREE_LEAF / 4) {
+        heap own;
+        heap_create(&own);
+        struct memory memory = autoclip_memory_from(&own.allocator);
+        ostree tree;
+        double next = 0;
+        test_now.step = size;
+        autoclip_tree_init(&tree, &memory);
+        REQUIRE_OK(autoclip_tree_build(&tree, size, read_ascending, &next));
+        REQUIRE(next == (double)size && tree.size == size, "%g keys were read", next);
+        REQUIRE(tree.fresh_count == 0 && tree.free_count == 0, "nodes were left over");
+        autoclip_tree_clear(&tree);
+        heap_destroy(&own);
+    }
+}
+
+static void test_tree_alone_asks_for_memory_only_when_it_lacks_nodes(void) {
+    heap own;
+    heap_create(&own);
+    struct memory memory = autoclip_memory_from(&own.allocator);
+    ostree tree;
+    autoclip_tree_init(&tree, &memory);
+    uint64_t state = 1;
+    for (int i = 0; i < 100 * OSTREE_LEAF; i++) {
+        const double key = test_uniform(&state);
+        heap_arm(&own, 1, true);
+        if (autoclip_tree_insert(&tree, &key, 1) == 0) { /* to make room for a key takes two nodes at a time */
+            REQUIRE(tree.free_count + tree.fresh_count < 2, "it had nodes");
+            heap_disarm(&own);
+            REQUIRE(autoclip_tree_insert(&tree, &key, 1) == 1, "the key was not inserted");
+        }
+    }
+    REQUIRE(own.all_faults > 10, "no more than %" PRIu64 " requests", own.all_faults);
+    autoclip_tree_clear(&tree);
+    heap_destroy(&own);
+}
+
 TEST_MAIN(TEST(test_check_names_every_broken_invariant), TEST(test_tree_alone_begins_with_an_insert),
+          TEST(test_tree_alone_is_built_of_no_more_nodes_than_it_needs),
+          TEST(test_tree_alone_asks_for_memory_only_when_it_lacks_nodes),
           TEST(test_tree_alone_erases_up_to_the_first_key_that_is_not_there));

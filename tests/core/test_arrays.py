@@ -1,6 +1,8 @@
 """The rule over arrays, with numpy as the namespace, against the core and against numpy.percentile."""
 
-from math import inf, nan
+from fractions import Fraction
+from math import floor, inf, nan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from autoclip_core import AutoClip, arrays
 from .reference import PERCENTILES, ReferenceHistory, assert_same_bits, make_norms
 
 LIKELY = [inf, nan, -inf, 0.0, -0.0, -1.0, 5e-324, 1e-3, 1.0, 1.0, 2.5, 1e300]
+# As the array API has it, numpy's own astype takes no scalars.
+xp = SimpleNamespace(**vars(np) | {"astype": lambda values, dtype: np.asarray(values).astype(dtype)})
 
 
 def clip_with(norms, window=None):
@@ -68,6 +72,27 @@ def test_rows_of_several_histories_make_one_array():
         assert_same_bits(threshold, threshold_of(clip, row, 30.0)[0])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_stand_alone_or_in_arrays_of_any_shape(window):
+    clip, pending = clip_with([3.0, 1.0, 2.0, 5.0], window), [4.0, 2.5]
+    row = np.array(arrays.deferred_table(clip, 2, 30.0))
+    expected, recorded = threshold_of(clip, pending, 30.0)
+    for shape in [(), (1, 1), (2, 3, 1)]:
+        table, norms = (np.broadcast_to(values, (*shape, len(values))) for values in (row, pending))
+        threshold, count = arrays.deferred_threshold(np, table, norms, 30.0, window)
+        assert threshold.shape == count.shape == shape
+        assert (threshold == expected).all()
+        assert (count == recorded).all()
+
+
+@pytest.mark.parametrize("window", [None, 4, 5, 200])
+def test_rows_are_of_one_length_whatever_the_history_and_the_percentile(window):
+    clips = [clip_with(make_norms("log-normal", count).tolist(), window) for count in (0, 1, 2, 5, 150, 300)]
+    for pending in range(1, 5):
+        lengths = {len(arrays.deferred_table(clip, pending, p)) for clip in clips for p in (*PERCENTILES, 90.0, 98.5)}
+        assert len(lengths) == 1
+
+
 @pytest.mark.filterwarnings(
     "ignore:The gradient norm", "ignore:invalid value", "ignore:divide by zero", "ignore:overflow"
 )
@@ -90,3 +115,62 @@ def test_decide_does_what_the_core_does(options):
         assert decided[2] == step.clipped
         clipped += step.clipped
     assert clipped
+
+
+def assert_within_an_ulp(found, expected):
+    assert found.dtype == np.float32
+    expected = np.float32(expected)
+    assert np.nextafter(expected, -np.float32(inf)) <= found <= np.nextafter(expected, np.float32(inf))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+@pytest.mark.parametrize("percentile", [0.0, 1e-6, 10.0, 33.3, 50.0, 99.99, 100.0])
+def test_window_in_arrays_is_that_of_the_core(window, percentile):
+    random = np.random.default_rng(window)
+    ascending = ring = np.full(window, inf, np.float32)
+    truth = ReferenceHistory(window)
+    recorded = 0
+    likely = np.array([inf, nan, 0.0, -1.0, 1e-45, 1.0, 1.0, 3e38, *random.lognormal(size=20)], np.float32)
+    for norm in random.choice(likely, 200):
+        entering = arrays.norm_to_remember(np, norm)
+        ascending, ring, found = arrays.observe(xp, ascending, ring, np.int32(recorded), entering, percentile)
+        if 0.0 < norm < inf:
+            truth.extend([norm])
+            recorded += 1
+        size = len(truth.norms)
+        assert ascending.dtype == ring.dtype == np.float32
+        assert_same_bits(ascending, [*truth.values(), *[inf] * (window - size)])
+        assert_same_bits(np.roll(ring, -(recorded % window))[window - size :], truth.norms)
+        assert_within_an_ulp(found, truth.percentile(percentile) if size else inf)
+    assert recorded > 3 * window
+
+
+def test_percentile_over_arrays_is_within_an_ulp_where_neighbours_are_far_apart():
+    random = np.random.default_rng(0)
+    for low, high in np.sort(np.exp2(random.uniform(-20, 20, (3000, 2))).astype(np.float32)):
+        percentile = random.uniform(0, 100)
+        found = arrays.percentile_of(xp, np.array([low, high, inf], np.float32), np.int32(2), percentile)
+        assert_within_an_ulp(found, np.percentile([float(low), float(high)], percentile))
+
+
+@pytest.mark.parametrize("last", [0, 1, 99, 100, 12_345, arrays.MAX_WINDOW - 1])
+def test_place_of_a_percentile_is_exact_however_long_the_window(last):
+    for percentile in (0.0, 1e-6, 1e-5, 0.1, 10.0, 100 / 3, 50.0, 99.99999, np.nextafter(100.0, 0.0).item(), 100.0):
+        rank, fraction, rest = arrays._position(xp, np.int32(last), percentile)
+        exact = Fraction(percentile) * last / 100
+        assert rank == floor(exact)
+        # What a float32 holds of the fraction, and then the rest.
+        assert fraction * 2**21 == floor((exact - floor(exact)) * 2**21)
+        assert abs(exact - int(rank) - Fraction(float(fraction)) - Fraction(float(rest))) < Fraction(1, 2**45)
+
+
+@pytest.mark.parametrize(
+    "percentile", [0.0, 1e-6, 0.1, 10.0, 100 / 3, 99.99999, np.nextafter(100.0, 0.0).item(), 100.0]
+)
+def test_digits_of_a_percentile_are_all_of_it(percentile):
+    digits = arrays.percentile_digits(xp, percentile)
+    assert all(isinstance(digit, int) and 0 <= digit < 128 for digit in digits)
+    assert arrays.percentile_of_digits(digits) == percentile
+    of_an_array = arrays.percentile_digits(xp, np.float64(percentile)[None])
+    assert [digit.item() for digit in of_an_array] == digits

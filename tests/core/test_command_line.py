@@ -91,6 +91,38 @@ def test_narrow_terminals_get_one_block_per_row(norms):
     assert all(len(line) <= 40 for block in table for line in block.split("\n"))
 
 
+def test_replay_prints_to_the_letter(tmp_path):
+    (tmp_path / "n.csv").write_text("grad_norm\n1\n2\n4\n8\n0\nnan\n16\n3\n1.5\n1000\n", encoding="utf-8")
+    command = ["replay", "n.csv", "-p", 0, "-p", 50, "-w", 3, "--fixed", 2]
+    table = """\
+grad_norm in n.csv: 10 steps, 1 to 1000
+not remembered: 1 zero, 1 nonfinite
+
+setting  history  final  median  clipped  scale  hardest
+p = 0      whole      1       1    70.0%   0.25  0.01945
+p = 50     whole    3.5       3    50.0%  0.375   0.0528
+p = 0     last 3    1.5    1.75    50.0%   0.25   0.0512
+p = 50    last 3      3     3.5    50.0%    0.5   0.1024
+fixed 2               2       2    50.0%   0.25   0.0266
+
+final, median: of the threshold. scale: the median
+"""
+    assert autoclip(*command, columns=56, cwd=tmp_path).stdout.startswith(table)
+    blocks = """
+setting  p = 50
+history  last 3
+final    3
+median   3.5
+clipped  50.0%
+scale    0.5
+hardest  0.1024
+
+setting  fixed 2
+final    2
+"""
+    assert blocks in autoclip(*command, columns=55, cwd=tmp_path).stdout
+
+
 def test_replay_draws(norms, tmp_path, absent):
     try:
         import matplotlib.image
@@ -167,6 +199,47 @@ def test_inspect_shows_what_a_snapshot_holds(window, tmp_path):
     ascii_only = autoclip("inspect", path, PYTHONIOENCODING="ascii").stdout
     assert ascii_only.isascii()
     assert "###" in ascii_only
+
+
+def test_inspect_prints_to_the_letter(tmp_path):
+    history = NormHistory()
+    history.extend([0.001] * 40 + [0.002, 0.01, 0.02, 0.05] + [0.1] * 7 + [0.3] * 20 + [1.0] * 3)
+    (tmp_path / "h.ach").write_bytes(history.to_bytes())
+    head = """\
+h.ach: sound, 74 norms, the whole history, 664 bytes
+
+percentile   norm
+0           0.001
+1           0.001
+10          0.001
+25          0.001
+50          0.001
+90            0.3
+99              1
+100             1
+
+"""
+    bars = """\
+   0.001 ██████████████████████████████ 40
+0.001778 ▊ 1
+0.003162  0
+0.005623  0
+    0.01 ▊ 1
+ 0.01778 ▊ 1
+ 0.03162 ▊ 1
+ 0.05623  0
+     0.1 █████▎ 7
+  0.1778 ███████████████ 20
+  0.3162  0
+  0.5623 ██▎ 3
+"""
+    for columns, room in {44: 30, 20: 10, 200: 60}.items():
+        printed = autoclip("inspect", "h.ach", columns=columns, cwd=tmp_path).stdout
+        assert printed.startswith(f"{head}   0.001 {'█' * room} 40\n")
+        assert columns != 44 or printed == head + bars
+    ascii_only = autoclip("inspect", "h.ach", columns=44, cwd=tmp_path, PYTHONIOENCODING="ascii").stdout
+    assert f"     0.1 {'#' * 6} 7\n" in ascii_only
+    assert f"   0.001 {'#' * 30} 40\n" in ascii_only
 
 
 @pytest.mark.parametrize("norms", [[], [2.0], [2.0] * 9, [-1.0, 0.0, 1.0]])
