@@ -636,7 +636,7 @@ class History:
                 norms = np.concatenate((self._by_age(), norms))[-self._window :].copy()
                 self._build(np.sort(norms), norms)
             else:
-                norms = np.concatenate((self.values(), norms))
+                norms = np.concatenate((self.values(), np.sort(norms)))
                 norms.sort(kind="stable")  # two runs, which this sort only merges
                 self._build(norms, np.empty(0))
 

@@ -2,10 +2,9 @@
 
 import sys
 
-import numpy as np
 import pytest
 
-from autoclip_core import BrokenHistoryError, NormHistory
+from autoclip_core import NormHistory
 
 from .reference import assert_same_bits, make_norms
 
@@ -149,50 +148,6 @@ except BrokenHistoryError as error:
     said = run_python(code.replace("BACKEND", repr(request.getfixturevalue(which))))
     reason = "broken: norms stand in ascending order"
     assert said == f"The history is damaged ({reason}): memory was overwritten, or there is a bug.\n"
-
-
-@pytest.mark.usefixtures("other_backend")
-def test_numba_backend_names_the_invariant_that_is_broken():
-    # Those of the kernel are broken in tests/c/test_check.c.
-    from autoclip_core import _numba as numba
-
-    # Seven leaves to the brim and one less than half full, in rows 0 to 7; the root is in row 8.
-    size, root = 7 * numba.LEAF + numba.LEAST_LEAF - 9, 8
-    first, last = numba.COUNT, numba.COUNT + 7
-    breaks = [
-        ("the pool holds as many rows as it counts", None, "facts", numba.FREE_COUNT, -1),
-        ("the pool holds as many rows as it counts", None, "facts", numba.FRESH, 10),
-        ("the free list is as long as the pool counts", None, "facts", numba.FREE_COUNT, 1),
-        ("the free list is as long as the pool counts", None, "facts", numba.FREE, 0),
-        ("every entry has a child", None, "links", (root, numba.CHILD + 3), -1),
-        ("every entry has a child", None, "links", (root, numba.CHILD + 3), 9),
-        ("no node holds more than fits", None, "links", (root, numba.ENTRIES), numba.FANOUT + 1),
-        ("the root has two entries", None, "links", (root, numba.ENTRIES), 1),
-        ("about half full", None, "links", (root, [first, last]), [numba.LEAST_LEAF - 1, numba.LEAF - 8]),
-        ("every entry names the number of keys below it", None, "links", (root, first), numba.LEAF - 1),
-        ("every row is in the tree, free or fresh", None, "links", (root, numba.CHILD + 3), 4),
-        ("every norm is finite", None, "keys", (0, 0), np.nan),
-        ("no norm is -0.0", None, "keys", (0, 0), -0.0),
-        ("norms stand in ascending order", None, "keys", (0, 0), 1e9),
-        ("every separator stands between the keys on its two sides", None, "keys", (root, 3), 1e9),
-        ("every separator stands between the keys on its two sides", None, "keys", (root, 3), 0.0),
-        ("the leaf that was asked last is where it was", None, "facts", numba.NEAR_FIRST, 1),
-        ("the ring begins with the oldest norm until it is full", size, "facts", numba.OLDEST, size),
-        ("the ring begins with the oldest norm until it is full", size + 1, "facts", numba.OLDEST, 1),
-        ("the tree holds the norms of the window", size, "ring", 7, 0.5),
-    ]
-    for reason, window, array, place, value in breaks:
-        history = NormHistory(window, backend="numba")
-        history.extend(make_norms("log-normal", size))
-        history.percentile(50.0)
-        history.check()
-        facts, keys, ring = history._backend._state
-        {"facts": facts, "keys": keys, "links": keys.view(np.int64), "ring": ring}[array][place] = value
-        with pytest.raises(BrokenHistoryError, match=reason):
-            history.check()
-    history._backend._window = size - 1
-    with pytest.raises(BrokenHistoryError, match="there are no more norms than the window admits"):
-        history.check()
 
 
 @pytest.mark.usefixtures("other_backend")
