@@ -11,7 +11,8 @@ What may not change:
 - No line is excluded, not even those that need a GPU; every line that no test reaches is named. (What only type
   checkers read does not count, as coverage.py has it.)
 - Tests outside of tests/core and tests/adapters are left out: they build, read or kill the packages, or train for long,
-  and would reach nothing more.
+  and would reach nothing more. So is a test that forks while threads run: a lock of coverage.py's own may stay locked
+  in the child, which then hangs now and then (of 25 runs without coverage.py none did).
 """
 
 import argparse
@@ -38,6 +39,8 @@ PACKAGES = {
 # By backend.
 RUNS = {"numba": ["tests/core"], "native": ["tests/core", "tests/adapters"]}
 
+FORKS = "tests/core/test_processes.py::test_history_works_on_both_sides_of_a_fork_while_threads_use_it"
+
 
 def check_installed():
     """What is installed must be these sources: their lines are named."""
@@ -54,7 +57,8 @@ def run_tests():
     environment = os.environ | {"COVERAGE_FILE": str(DATA / "data"), "NUMBA_CACHE_DIR": str(DATA / "numba")}
     for backend, folders in RUNS.items():
         # Hypothesis draws the same each time, or the figures would not be the same.
-        command = [sys.executable, "-P", "-m", "coverage", "run", "-m", "pytest", "--hypothesis-seed=0", *folders]
+        options = ["--hypothesis-seed=0", f"--deselect={FORKS}", *folders]
+        command = [sys.executable, "-P", "-m", "coverage", "run", "-m", "pytest", *options]
         subprocess.run(command, cwd=ROOT, env=environment | {"AUTOCLIP_BACKEND": backend}, check=True)
     combine = [sys.executable, "-P", "-m", "coverage", "combine", "--quiet"]
     subprocess.run(combine, cwd=ROOT, env=environment, check=True)
