@@ -152,11 +152,9 @@ def threads(options):
 
 def coverage(_):
     """Lines and branches that the tests reach: of the kernel (what is excluded is named), of the Python packages."""
-    c_tests("coverage")
-    kernel = run(sys.executable, "-P", "tests/c/coverage.py", "build/coverage").splitlines()[0]
-    packages = re.findall(
-        r"^(autoclip_\w+) +(.+)$", run(sys.executable, "-P", "tests/python_coverage.py"), re.MULTILINE
-    )
+    said = run("make", "coverage")
+    [kernel] = re.findall("^[0-9]+ lines and .+ of the kernel.+", said, re.MULTILINE)
+    packages = re.findall(r"^(autoclip_\w+) +(.+)$", said, re.MULTILINE)
     return [("kernel", kernel.rstrip(".")), *((name, " ".join(figures.split())) for name, figures in packages)]
 
 

@@ -18,8 +18,6 @@ def run_doctests(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_module_are_true(name, capsys):
-    if name == "__main__":
-        pytest.skip("importing it is running it")
     failed, _ = run_doctests(f"autoclip_core.{name}")
     assert failed == 0, capsys.readouterr().out
 
