@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,10 +161,15 @@ def coverage(_):
 
 def mutants(options):
     """Small faults put into kernel and core, one at a time; the tests must notice."""
-    from mutation import campaign
+    from mutation import campaign, reason_of
 
     judged, survived = campaign(options.mutants, say=say)
-    return [("judged", f"{len(judged)}"), ("killed", f"{len(judged) - len(survived)}")]
+    unexplained = [mutant for mutant in survived if not reason_of(mutant)]
+    if unexplained or len(survived) > len(judged) / 10:
+        raise FaultError("\n".join([f"{len(survived)} of {len(judged)} survived", *map(str, unexplained or survived)]))
+    killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
+    figures = [(kind, f"{killed[kind]} of {count} killed") for kind, count in Counter(m.kind for m in judged).items()]
+    return [*figures, ("survivors, each with its reason in tests/mutation.py", f"{len(survived)}")]
 
 
 PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads)}
