@@ -151,6 +151,7 @@ EQUIVALENT = [
     ("snapshot.c", "autoclip_history_save", "put(header + AT_MINOR, [2 -> 3]", "the next field is written over it"),
     ("snapshot.c", "checksum_end", "if (sum->size > [0 -> 1])", "whole stripes: 0, or 32 at least"),
     ("sort.c", "autoclip_sort", "if [(ends[at] - start > SMALL) -> (!(", "insertion sorts as well, and slower"),
+    ("sort.c", "autoclip_sorted_copy", "size_t ends[[1 -> 2] << OUTER_BITS]", "twice the room"),
 ]
 
 SWAPS = {

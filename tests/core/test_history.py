@@ -99,3 +99,10 @@ def test_history_shows_its_size_its_window_and_its_backend(backend):
     history.push(1.0)
     assert repr(history) == f"<NormHistory of 1 norms, window=5 backend='{backend}'>"
     assert (len(history), history.window, history.backend) == (1, 5, backend)
+
+
+def test_history_takes_no_attribute_that_it_does_not_have():
+    history = NormHistory()
+    for part in (history, history._backend):
+        with pytest.raises(AttributeError):
+            part.windw = 5
