@@ -187,8 +187,9 @@ def strike(process, while_saving, random):
             break
     time.sleep(random.uniform(0.0, 0.003))
     process.send_signal(signal.SIGKILL)
-    said += process.stdout  # and not communicate(), which knows nothing of what has been read ahead
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    with process.stdout, process.stderr:
+        said += process.stdout  # and not communicate(), which knows nothing of what has been read ahead
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
     return [line.split() for line in said]
 
 
