@@ -67,7 +67,8 @@ def observe(name: str, history: NormHistory, steps: int, block: int) -> list[Poi
         taken = time.thread_time_ns() - begin
         done += len(norms)
         points.append(Point(name, done, taken / len(norms), history.nbytes, occupied()))
-        last = np.concatenate([last, norms])[-(history.window or 0) :] if history.window else last
+        if history.window:
+            last = np.concatenate([last, norms])[-history.window :]
         if len(points) % max(1, steps // block // 20) == 0:
             say(f"  {name}: {done:,} steps, {points[-1].ns_per_step:.0f} ns")
     history.check()

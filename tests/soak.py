@@ -8,6 +8,7 @@ time is told beside the time on the clock: the machine may have been shared.
 """
 
 import argparse
+import csv
 import datetime as dt
 import json
 import os
@@ -151,6 +152,22 @@ def threads(options):
     return [("seconds", seconds), ("norms at the end, the union of what each thread pushed", f"{norms:,}")]
 
 
+def load(_):
+    """A billion steps through a window, a hundred million without one, in one process: load.md has it all."""
+    run(sys.executable, "-m", "bench", "load")
+    with (RESULTS / "load.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figures = []
+    for name in dict.fromkeys(row["history"] for row in rows):
+        first, *_, last = (row for row in rows if row["history"] == name)
+        figures += [
+            (f"{name}, steps", f"{int(last['steps']):,}"),
+            ("ns per step, at first; at last", f"{first['ns_per_step']}; {last['ns_per_step']}"),
+            ("MiB of the history at last", f"{int(last['history_bytes']) / 2**20:.1f}"),
+        ]
+    return figures
+
+
 def coverage(_):
     """Lines and branches that the tests reach: of the kernel (what is excluded is named), of the Python packages."""
     said = run("make", "coverage")
@@ -172,7 +189,7 @@ def mutants(options):
     return [*figures, ("survivors, each with its reason in tests/mutation.py", f"{len(survived)}")]
 
 
-PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads)}
+PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads, load)}
 
 
 # --- The record -------------------------------------------------------------------------------------------------------
