@@ -203,7 +203,7 @@ def report(record):
             kept = record[name]
             page.append(f"## {name.capitalize()}\n\n{part.__doc__}")
             page.append(table(["counted", "how much"], kept["figures"]))
-            page.append(f"{kept['date']}, commit {kept['machine']['commit']}, {kept['minutes']} minutes.")
+            page.append(f"{kept['date']}, commit {kept['machine']['commit']}, {kept['minutes']} min.")
     page.append(facts_table({fact: value for fact, value in kept["machine"].items() if fact != "commit"}))
     return "\n\n".join(page) + "\n"
 
