@@ -636,8 +636,8 @@ class History:
                 norms = np.concatenate((self._by_age(), norms))[-self._window :].copy()
                 self._build(np.sort(norms), norms)
             else:
-                norms = np.concatenate((self.values(), np.sort(norms)))
-                norms.sort(kind="stable")  # two runs, which this sort only merges
+                norms = np.concatenate((self.values(), norms))
+                norms.sort(kind="stable")  # two runs, for NormHistory has sorted its own: they are only merged
                 self._build(norms, np.empty(0))
 
     def observe(self, norm: float, percentile: float) -> float:

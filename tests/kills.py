@@ -204,7 +204,7 @@ def survive(framework, folder, kills, seed=0):
 
     Raises:
         AssertionError: a run did not resume from the last complete checkpoint, or something differs from the
-            undisturbed run: a threshold, or the parameters and the history at the end.
+            undisturbed run: a threshold, or the parameters and the history at the end; or no kill struck a save.
     """
     chance = random.Random(seed)  # noqa: S311
     steps = STEPS_PER_KILL * (kills + 1)
@@ -230,6 +230,7 @@ def survive(framework, folder, kills, seed=0):
         for words in said:
             assert words[0] != "step" or words[2] == thresholds[words[1]], f"step {words[1]} has another threshold"
     assert runs[-1][-1] == truth[-1], "the run ended elsewhere"
+    assert struck_saving > 0, "no kill struck while the training was saving"
     return struck_saving
 
 
