@@ -717,15 +717,13 @@ class History:
         with _lock:
             norms = self.values() if self._window is None else self._by_age()
         flags = 0 if self._window is None else _HAS_WINDOW
-        words = np.empty(_HEADER + len(norms) + 1, np.uint64)
-        words[: _HEADER - 1] = _MAGIC, _VERSION_1_0, flags, len(norms), self._window or 0, 0, 0
-        words[_HEADER - 1] = checksum(words[: _HEADER - 1])
-        words[_HEADER:-1] = norms.view(np.uint64)
-        words[-1] = checksum(words[_HEADER:-1])
-        return words.astype("<u8", copy=False).tobytes()
+        words = norms.view(np.uint64)
+        header = np.array([_MAGIC, _VERSION_1_0, flags, len(norms), self._window or 0, 0, 0], np.uint64)
+        codes = np.array([checksum(header), checksum(words)], np.uint64)
+        return b"".join(part.astype("<u8", copy=False).data for part in (header, codes[:1], words, codes[1:]))
 
     @classmethod
-    def from_bytes(cls, snapshot: bytes) -> Self:
+    def from_bytes(cls, snapshot: bytes | memoryview) -> Self:
         def refuse() -> NoReturn:
             raise errors.bad_snapshot(len(snapshot))
 
@@ -747,7 +745,7 @@ class History:
         norms = words[:-1].view(np.float64)
         if not np.isfinite(norms).all() or not (window or (norms[:-1] <= norms[1:]).all()):
             refuse()
-        norms = norms + 0.0
+        norms += 0.0  # without -0.0
         history = cls(window or None)
         history._build(np.sort(norms) if window else norms, norms if window else np.empty(0))
         return history
