@@ -1,6 +1,7 @@
 """The choice of the backend: by name or not at all, and never in silence."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import autoclip_core
-from autoclip_core import AutoClip, BackendError, NormHistory, kernel_library
+from autoclip_core import AutoClip, AutoClipError, BackendError, NormHistory, kernel_error, kernel_library
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 WITHOUT = {
     "native": "import sys; sys.modules['autoclip_core._kernel'] = None\n",
@@ -153,3 +155,25 @@ print(history.values(), *[warning.message for warning in warned])
     said = run_python(code, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=str(file), HOME=str(file))
     assert said.startswith("[2.] The Numba backend will be compiled anew in every process")
     assert "set NUMBA_CACHE_DIR" in said
+
+
+STATUSES = {
+    int(number): name
+    for name, number in re.findall(r"(AUTOCLIP_\w+) = (\d+)", (ROOT / "csrc/include/autoclip.h").read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("status", [status for status in STATUSES if status])
+def test_every_status_of_the_kernel_has_an_exception(status, backend, other_backend):
+    error = kernel_error(status)
+    assert str(error).endswith(".")
+    if STATUSES[status] == "AUTOCLIP_NO_MEMORY":
+        assert type(error) is MemoryError
+    else:
+        assert isinstance(error, AutoClipError)
+        # Only a caller that brings its own array can bring one that is too small.
+        assert (type(error) is AutoClipError) == (STATUSES[status] == "AUTOCLIP_TOO_SMALL")
+
+
+def test_number_that_is_no_status_is_an_error_too(backend, other_backend):
+    assert type(kernel_error(max(STATUSES) + 1)) is AutoClipError
