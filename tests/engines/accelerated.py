@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from autoclip_torch import attach
 from common import (
     PERCENTILE,
     STEPS,
@@ -19,8 +20,6 @@ from common import (
     train_alone,
     whole_params,
 )
-
-from autoclip_torch import attach
 
 
 def make_accelerator(engine):

@@ -81,7 +81,7 @@ def train_alone(accumulate=1, poisoned=None, make=make_optimizer):
         thresholds.append(float(np.percentile(norms, PERCENTILE)))
         scales.append(min(thresholds[-1] / norms[-1], 1.0))
         for grad in grads:
-            grad *= scales[-1]
+            grad.mul_(scales[-1])
         optimizer.step()
     return Alone(norms, thresholds, scales, dict(model.named_parameters()))
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engines under AutoClip: `train FOLDER` on every stage, and `resume FOLDER` from what that has saved."""
+"""DeepSpeed's engines: `train`; `save FOLDER`; `resume FOLDER`, with as many ranks as have saved or with others."""
 
 import sys
 import warnings
@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
+from autoclip_torch.deepspeed import attach
 from common import (
     PERCENTILE,
     RANK,
@@ -25,8 +26,6 @@ from common import (
     whole_params,
 )
 from deepspeed.accelerator import get_accelerator
-
-from autoclip_torch.deepspeed import attach
 
 HALF = STEPS // 2
 POISONED = 5
@@ -114,7 +113,13 @@ def resume(stage, folder, *, universal):
     _, state = engine.load_checkpoint(folder / f"zero{stage}", tag="universal" if universal else "half")
     clip.load_state_dict(state["autoclip"])
     thresholds, _ = train(engine, clip, HALF)
-    report(f"DeepSpeed ZeRO-{stage}", "resumed, saved by 2 ranks", thresholds, whole_params(engine.module), train_alone(make=make_adam))
+    report(
+        f"DeepSpeed ZeRO-{stage}",
+        "resumed, saved by 2 ranks",
+        thresholds,
+        whole_params(engine.module),
+        train_alone(make=make_adam),
+    )
     engine.destroy()
 
 
@@ -123,6 +128,10 @@ def main(what, folder):
     prepare_deepspeed()
     get_accelerator().is_fp16_supported = lambda: True  # torch's CPU computes in fp16, DeepSpeed's does not know
     deepspeed.init_distributed("gloo")
+    if what == "save":
+        for stage in (1, 2, 3):
+            save(stage, folder)
+        return
     if what == "resume":
         for stage in (1, 2, 3):
             resume(stage, folder, universal=WORLD != 2)
@@ -135,10 +144,9 @@ def main(what, folder):
         run(stage, "bf16", groups=2, poisoned=POISONED)
         run(stage, "fp16", groups=2)
         run(stage, zero={"offload_optimizer": {"device": "cpu"}})
-        save(stage, folder)
     run(1, "bf16", poisoned=POISONED, data_types={"grad_accum_dtype": "fp32"})
     run(3, groups=2, zero={"sub_group_size": 40})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[-1]))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from autoclip_torch.transformers import AutoClipMixin
 from common import (
     PERCENTILE,
     STEPS,
@@ -18,8 +19,6 @@ from common import (
     whole_params,
 )
 from transformers import Trainer, TrainingArguments
-
-from autoclip_torch.transformers import AutoClipMixin
 
 
 class Net(Model):

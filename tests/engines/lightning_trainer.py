@@ -4,6 +4,7 @@ import sys
 
 import lightning
 import torch
+from autoclip_torch.lightning import AutoClipCallback
 from common import (
     PERCENTILE,
     RANK,
@@ -21,8 +22,6 @@ from common import (
 from lightning.pytorch import strategies
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-from autoclip_torch.lightning import AutoClipCallback
 
 
 class Part(torch.utils.data.Dataset):
