@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from math import isfinite
+from math import hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +21,7 @@ from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import Gradients
+from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Pipeline:
         self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
         self._may_be_copies = process_group is not None
+        self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
 
@@ -266,7 +268,14 @@ class Pipeline:
         if steps:
             self.latest = {items[index][0]: steps[index] for index in norms}
             self.clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+            self._watch(hypot(*norms.values()))
         return steps
+
+    def _watch(self, norm: float) -> None:
+        """See whether another clipper has had the gradients before."""
+        if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
+            self._plateau = None
+            warnings.warn(odd, RuntimeWarning, stacklevel=5)
 
 
 def _is_trained(param: Tensor) -> bool:
