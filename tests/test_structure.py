@@ -60,9 +60,11 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/gradients.py": "torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
     "adapters/autoclip_torch/transformers.py": "autoclip_core autoclip_torch torch transformers",
-    "adapters/autoclip_torch/demo.py": "autoclip_core autoclip_torch matplotlib torch tqdm",
+    "adapters/autoclip_torch/demo.py": "autoclip_torch matplotlib torch tqdm [sklearn]",
 }
 IMPORTS_ARE_CHOSEN_BY = {"autoclip_core/_backend.py"}
 ENVIRONMENT_IS_READ_BY = {"autoclip_core/_backend.py"}
