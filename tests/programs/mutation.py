@@ -182,6 +182,8 @@ def mutants_of_c(file):
         if match[0] in SWAPS and match.start() - 1 not in choices:
             yield Mutant(file, *match.span(), SWAPS[match[0]])
     for match in re.finditer(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", code):
+        if re.fullmatch(r" +(?:\w+ )+\w+\[[^]=]*", code[code.rfind("\n", 0, match.start()) + 1 : match.start()]):
+            continue  # the size of an array: one place more does no harm
         yield Mutant(file, *match.span(), number_after(match[0]))
     for match in re.finditer(r"\bif (?=\()", code):
         end, depth = match.end(), 0
