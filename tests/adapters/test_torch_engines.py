@@ -1,7 +1,6 @@
 """Engines that keep gradients, or parts of them, to themselves: DeepSpeed's is clipped inside, all else is refused.
 
-DeepSpeed is not installed here. A stand-in has the private names that it uses, in the order in which it uses them; what
-really installed engines do is tried by `make engines` (tests/engines).
+DeepSpeed is not installed here. A stand-in has the private names that it uses, in the order in which it uses them.
 """
 
 import warnings
