@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from math import isfinite
+from math import copysign, isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import ref
 
@@ -28,7 +28,7 @@ from autoclip_core import (
     StateError,
 )
 from autoclip_torch.deferred import Deferred, DeviceStep
-from autoclip_torch.gradients import Gradients
+from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, moved, widest
 from autoclip_torch.groups import Groups, Parameters, Scope
 
 if TYPE_CHECKING:
@@ -344,7 +344,8 @@ class AutoClip:
     def _gradients(self) -> Gradients:
         """Return the gradients as they are now."""
         self._refresh()
-        gradients = Gradients(list(self._groups.by_name.values()), self._process_group)
+        device = self._deferred.device if self._deferred is not None else None
+        gradients = Gradients(list(self._groups.by_name.values()), self._process_group, device)
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
@@ -368,17 +369,13 @@ class AutoClip:
         Returns:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
-        deferred = self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF)
+        deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients))
         # Before anything that may differ between ranks. A norm that is not unscaled yet may be beyond float32.
-        norms = (
-            gradients.norms()
-            if grad_scale is None or gradients.device.type == "mps"
-            else gradients.norms(torch.float64)
-        )
+        norms = gradients.norms() if grad_scale is None else gradients.norms(widest(gradients.device))
         if not deferred and found_inf is not None and found_inf.item():
             return {}
         if grad_scale is not None:
-            norms = norms / grad_scale.to(norms.device, non_blocking=True)
+            norms = norms / moved(grad_scale, norms.device)
         left = self._left if self._left is not None and self._left.is_untouched(gradients) else None
         if deferred:
             return self._decide_on_device(gradients, norms, left, found_inf)
@@ -394,17 +391,12 @@ class AutoClip:
     ) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
             self._settled()
-            if gradients.device.type == "mps":
-                raise AutoClipValueError(
-                    'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
-                )
             self._deferred = Deferred(list(self._clips.values()), gradients.device, self._options, self._receive)
-        measured = norms = norms.double()
-        # What is not seen is handed on as a negative norm.
+        measured = norms
         if left is not None:
-            norms = torch.where(left.has_norms_on_device(norms), -1.0, norms)
+            norms = torch.where(left.has_norms_on_device(norms), NOT_SEEN, norms)
         if found_inf is not None:
-            norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
+            norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
@@ -443,8 +435,7 @@ class AutoClip:
     def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
-            keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
-            gradients.scale_on_device_(steps.scale, keep)
+            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
         elif is_dropped(steps):
             gradients.zero_()
         else:
@@ -462,8 +453,14 @@ def is_dropped(steps: dict[int, ClipStep]) -> bool:
 
 
 def _found(norms: list[float]) -> dict[int, float]:
-    """Return the norms by their groups, without those that no gradient has (NaN is found)."""
-    return {index: norm for index, norm in enumerate(norms) if not norm < 0.0}
+    """Return the norms by their groups, without those that are `NOT_SEEN`."""
+    return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
+
+
+def _is_deferred_on(gradients: Gradients) -> bool:
+    """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
+    devices = gradients.devices or {gradients.device}
+    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)
 
 
 class _Left:
@@ -478,7 +475,7 @@ class _Left:
         self._version = gradients.first._version if gradients.first is not None else 0
         self._norms: Any
         if isinstance(steps, DeviceStep):
-            self._norms = torch.where((steps.scale > 0.0).all(), steps.norm * steps.scale, 0.0)
+            self._norms = steps.norm * steps.scale  # NaN if dropped, and then all gradients are zeros
         elif is_dropped(steps):
             self._norms = dict.fromkeys(steps, 0.0)
         else:
@@ -508,5 +505,7 @@ class _Left:
 
     def has_norms_on_device(self, norms: Tensor) -> Tensor:
         """Return the same as a tensor, shape ()."""
-        same: Tensor = ((norms - self._norms.to(norms.device)).abs() <= self._tolerance * norms.abs()).all()
+        left = moved(self._norms, norms.device)
+        left = torch.where(left.isnan().any(), 0.0, left)
+        same: Tensor = ((norms - left).abs() <= self._tolerance * norms.abs()).all()
         return same
