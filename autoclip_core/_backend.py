@@ -90,6 +90,12 @@ def kernel_library() -> str:
     return backend.library
 
 
+def kernel_error(status: int) -> Exception:
+    """Return the exception for a status, not 0, that a function of `kernel_library()` has returned."""
+    made: Exception = import_module("autoclip_core._native").error(status)
+    return made
+
+
 def backends() -> dict[str, str]:
     """Return what each backend is made of, or why it cannot be loaded."""
     found = {}
