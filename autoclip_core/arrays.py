@@ -170,7 +170,8 @@ def deferred_table(
         clip: with the history.
         pending: how many norms have not reached it, that of the current step included.
         percentile: from 0 to 100.
-        warmup, max_threshold: as the clip was given them.
+        warmup: as the clip was given it.
+        max_threshold: as the clip was given it; `inf` is None.
     """
     history, quantile = clip.history, percentile / 100
     size, window = len(history), history.window
@@ -188,11 +189,10 @@ def deferred_table(
                 first -= 1
             elif gone <= known[-1]:
                 known.remove(gone)
-        highest = max(0, min(size + recorded, window or inf) - 1)
-        position = highest * quantile
-        rank = int(position)
-        share = position - rank
-        near, far = rank - first, min(rank + 1, highest) - first
+        count = size + recorded if window is None else min(size + recorded, window)
+        highest = max(0, count - 1)
+        rank, share = divmod(highest * quantile, 1)
+        near, far = int(rank) - first, min(int(rank) + 1, highest) - first
         if share >= 0.5:  # as numpy.percentile rounds: from the nearer of the two norms
             near, far, share = far, near, 1 - share
         least = max_threshold if clip.recorded_steps + recorded <= warmup else -inf

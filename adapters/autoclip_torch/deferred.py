@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, arrays
-from autoclip_torch.gradients import has_float64, to_device
+from autoclip_torch.gradients import has_float64, moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +136,7 @@ class Deferred:
         # From nested lists torch takes ten times as long.
         numbers = array("d", chain.from_iterable(chain.from_iterable(tables)))
         shaped = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
-        table = to_device(shaped, self.device)
+        table = moved(shaped, self.device)
         remembered = arrays.norm_to_remember(_XP, norms, table[:, 0, 0])
         self._pending.append(Pending(norms, remembered, percentile))
         pending = torch.stack([step.remembered for step in self._pending], -1)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
 from autoclip_torch.deferred import Deferred, DeviceStep
-from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, moved, widest
+from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
 from autoclip_torch.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -134,6 +134,11 @@ class Pipeline:
         self.refresh()
         device = self._deferred.device if self._deferred is not None else None
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
+        if is_capturing(gradients.device):
+            raise AutoClipError(
+                "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
+                "capture the forward and backward pass only, and step after each replay."
+            )
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
@@ -181,7 +186,7 @@ class Pipeline:
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
             self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
-        measured = norms
+        measured = norms = norms.double()
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
             norms = torch.where(is_repeat, NOT_SEEN, norms)

@@ -132,8 +132,7 @@ def test_deferred_steps_are_those_of_the_core(options, window):
     random = np.random.default_rng(window or 0)
     limits = {"warmup": options.get("warmup", 0), "max_threshold": options.get("max_threshold", inf)}
     clip, behind, waiting, clipped = AutoClip(window=window, **options), AutoClip(window=window, **options), [], 0
-    for norm in random.choice([*LIKELY[:5], *LIKELY[6:], *random.lognormal(size=40)], 2000).tolist():
-        norm = abs(norm)
+    for norm in np.abs(random.choice([*LIKELY[:5], *LIKELY[6:], *random.lognormal(size=40)], 2000)).tolist():
         clip.percentile = float(random.choice([*PERCENTILES, 10.0, 10.0, 10.0]))
         for _ in range(int(random.choice([0, 1, 2, len(waiting)])) if len(waiting) < 4 else 1):
             if waiting:
