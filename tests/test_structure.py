@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "adapters/autoclip_tensorflow/optimizer.py": "autoclip_core autoclip_tensorflow keras numpy",
     "adapters/autoclip_tensorflow/state.py": "autoclip_core numpy",
     "adapters/autoclip_torch/__init__.py": "autoclip_core autoclip_torch",
-    "adapters/autoclip_torch/agreement.py": "autoclip_core torch",
+    "adapters/autoclip_torch/agreement.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/attach.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/clip.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/deepspeed.py": "autoclip_core autoclip_torch torch",

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from autoclip_core import AutoClipError
+from autoclip_torch.gradients import widest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,8 +58,7 @@ class Agreement:
         Raises:
             AutoClipError: they differ; on all ranks, and before anything is remembered.
         """
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        seen = torch.tensor([*norms, *thresholds], dtype=wide).nan_to_num(nan=inf, posinf=inf)
+        seen = torch.tensor([*norms, *thresholds], dtype=widest(device), device="cpu").nan_to_num(nan=inf, posinf=inf)
         extremes = torch.cat([seen, -seen]).to(device)
         distributed.all_reduce(extremes, distributed.ReduceOp.MAX, self._group)
         largest, smallest = extremes.cpu().chunk(2)
