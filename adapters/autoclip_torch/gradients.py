@@ -128,8 +128,8 @@ class Gradients:
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
-        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Where the kernel does not
-        measure, elements above about 1e19 overflow in float32 and make the norm infinite, as in torch itself.
+        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Elements above about
+        1e19 overflow in float32 and make the norm infinite, as in torch itself, but where the kernel measures.
 
         Args:
             least: the dtype in which norms accumulate at least.

@@ -3,7 +3,7 @@
 What shaped this module, and must stay true:
 
 - The compiled kernel reads and writes memory behind torch's back. So it gets only tensors that are nothing but memory:
-  no subclass, nothing that a transform or a mode of torch watches over, no gaps, no pending sign.
+  no subclass, nothing that a transform or a mode of torch watches over, no gaps.
 - Torch is told of every write: autograd must see that a gradient has changed.
 - Sums are of doubles, and a norm depends neither on the order of the tensors nor on the number of threads.
 - Nothing is kept from step to step. `zero_grad` makes every gradient a new tensor, and where it does not, the same
@@ -41,7 +41,8 @@ def address(tensor: Tensor) -> int:
     if width is None or type(tensor) is not Tensor or not tensor.is_cpu:
         return 0
     try:
-        if tensor.is_neg() or not (tensor.is_contiguous() or _is_dense(tensor)):
+        # A pending sign does no harm: norms do not see it, and factors commute with it.
+        if not (tensor.is_contiguous() or _is_dense(tensor)):
             return 0
         found = tensor.data_ptr()
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform

@@ -14,7 +14,8 @@ enum { FURTHEST = 1000 };
 
 /* Where compilers can make a function for processors that are newer than what the rest is built for, and ask at run time:
  * twice as fast with the same bits, since each lane adds the same numbers in the same order. */
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) &&                                                 \
+    !defined(_WIN32) /* GCC misaligns a stack there */
 #define HAS_AVX2 __builtin_cpu_supports("avx2")
 #define WITH_AVX2 __attribute__((target("avx2")))
 #define INLINE static inline __attribute__((always_inline))
