@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/gradients.py": "torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,8 @@ from autoclip_torch.pipeline import Mode, Pipeline
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from autoclip_torch.attach import Attachment
 
 _STATE_FORMAT = 1
 
@@ -61,11 +64,12 @@ class AutoClip:
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
 
-    _detach: Callable[[], None] | None = None  # set by `attach`: ends the clipping inside optimizer.step()
+    _attachment: Attachment | None = None  # set by `attach`: clips inside optimizer.step()
+    _is_copy = False  # of an attached one, and never told so
 
     def __init__(
         self,
-        params: Parameters,
+        params: Parameters | Groups,
         percentile: float = 10.0,
         *,
         scope: Scope | Callable[[str], str] = "global",
@@ -77,7 +81,8 @@ class AutoClip:
         max_threshold: float | None = None,
     ) -> None:
         options = {"window": window, "warmup": warmup, "nonfinite": nonfinite, "max_threshold": max_threshold}
-        self._pipeline = Pipeline(Groups(params, scope), percentile, options, mode, process_group)
+        groups = params if isinstance(params, Groups) else Groups(params, scope)  # `attach` makes its own
+        self._pipeline = Pipeline(groups, percentile, options, mode, process_group)
         self._step_untraced = _step_untraced()
 
     @property
@@ -156,11 +161,12 @@ class AutoClip:
         """
         if torch.compiler.is_compiling():
             return self._step_untraced(self)
-        if self._detach is not None:
+        if self._attachment is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "
                 "AutoClip.step(), or call detach() first."
             )
+        self._is_copy = False
         pipeline = self._pipeline
         with torch.no_grad():
             measured = pipeline.measure()
@@ -170,7 +176,8 @@ class AutoClip:
             pipeline.repeats.leave(gradients, steps)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            every = enumerate(zip(*steps, strict=True))
+            # The norm is on its way to the host, and its owner may do with it what he likes.
+            every = enumerate(zip(*steps._replace(norm=steps.norm.clone()), strict=True))
             steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if pipeline.groups.scope == "global":
             return steps[0]
@@ -182,8 +189,19 @@ class AutoClip:
 
         `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` (0 or 1), each followed by a slash and
         the group's name if the scope is not "global"; and `clipped_share`, over the last 100 steps. Never waits: a
-        deferred step is the latest when its norms have reached the host.
+        deferred step is the latest when its norms have reached the host. Warns, once, if nothing is clipped any more:
+        if the optimizer is gone, if this is a copy, or if updates are made that an attached AutoClip does not see.
         """
+        if self._attachment is not None:
+            self._attachment.look()
+        elif self._is_copy:
+            self._is_copy = False
+            warnings.warn(
+                "This is a copy of an AutoClip that was attached, and copies are not attached: nothing is clipped. "
+                "Attach to the copy of the optimizer, and load_state_dict() this state.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         pipeline = self._pipeline
         pipeline.receive()
         numbers: dict[str, float] = {}
@@ -199,9 +217,9 @@ class AutoClip:
 
     def detach(self) -> None:
         """Undo `attach`: optimizer.step() no longer clips. The history stays. Does nothing if not attached."""
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: plain scalars, and bytes, which torch.load takes by default.
@@ -241,6 +259,7 @@ class AutoClip:
                 "construct it with the scope of the run that is resumed."
             )
         self._pipeline.refresh()
+        groups = self._pipeline.groups.renamed(groups)
         clips = self._pipeline.clips
         for lacking, what in ((clips.keys() - groups.keys(), "lacks"), (groups.keys() - clips.keys(), "has besides")):
             if lacking:
@@ -256,10 +275,11 @@ class AutoClip:
     def __repr__(self) -> str:
         clips = self._pipeline.clips
         what = repr(clips["global"]) if self._pipeline.groups.scope == "global" else f"{len(clips)} groups"
-        return f"<autoclip_torch.AutoClip of {len(self._pipeline.groups)} parameters: {what}>"
+        to = f", {self._attachment.describe()}" if self._attachment is not None else ""
+        return f"<autoclip_torch.AutoClip of {len(self._pipeline.groups)} parameters{to}: {what}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_pipeline": self._pipeline}  # a copy is not attached
+        return {"_pipeline": self._pipeline, "_is_copy": self._is_copy or self._attachment is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

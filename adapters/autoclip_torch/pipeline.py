@@ -12,11 +12,12 @@ import warnings
 from collections import deque
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.gradients import Gradients
 from autoclip_torch.repeats import Repeats
@@ -51,6 +52,8 @@ class Pipeline:
         mode: "auto", "immediate" or "deferred".
         process_group: the processes over which to add up norms.
     """
+
+    advice = "it belongs between loss.backward() and zero_grad(), on the parameters that are trained"
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class Pipeline:
         self._clips = clips
         self._percentile = next(iter(clips.values())).percentile
         self._deferred: Deferred | None = None
+        self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
         self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
         self.clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)  # of the groups, at each step
@@ -130,14 +134,26 @@ class Pipeline:
 
         Args:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
+
+        Raises:
+            AutoClipError: these are not all gradients yet.
+            NonFiniteNormError: an earlier, deferred step had no finite norm; nothing is done yet.
         """
+        if torch._C._current_graph_task_id() != -1 and len(self.groups) > 1:
+            raise AutoClipError(
+                f"A step inside backward() sees some of the {len(self.groups)} gradients only, and would take their "
+                "norm for that of all; make the step after backward(), or give each tensor an optimizer of its own."
+            )
         self.refresh()
+        self.receive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group)
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
-                "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
-                "loss.backward() and zero_grad(), on the parameters that are trained.",
+                f"No parameter has a gradient, so AutoClip had nothing to clip or to remember; {self.advice}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -169,7 +185,14 @@ class Pipeline:
         return self._observe(found)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Change the gradients as decided."""
+        """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
+        if gradients.carry_graph:
+            with torch.enable_grad():
+                self._apply(gradients, steps)
+        else:
+            self._apply(gradients, steps)
+
+    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         if isinstance(steps, DeviceStep):
             keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
             gradients.scale_on_device_(steps.scale, keep)
@@ -184,7 +207,13 @@ class Pipeline:
                 raise AutoClipValueError(
                     'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
                 )
-            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
+            me = WeakMethod(self._receive)  # what holds itself is freed late: when Python looks for such things
+
+            def report(norms: list[float], percentile: float) -> None:
+                if (receive := me()) is not None:
+                    receive(norms, percentile)
+
+            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, report)
         measured = norms = norms.double()
         # What is not seen is handed on as a negative norm.
         is_repeat = self.repeats.has_on_device(gradients, norms)
@@ -195,16 +224,20 @@ class Pipeline:
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
-        """Take in the norms of a deferred step, and the percentile that it had."""
+        """Take in the norms of a deferred step, and the percentile that it had.
+
+        An error waits for the next step: whoever reads a history, or loads an older one, did nothing wrong.
+        """
         now = self._percentile
-        if percentile == now:
-            self._observe(_found(norms))
-            return
-        self.percentile = percentile
+        if percentile != now:
+            self.percentile = percentile
         try:
             self._observe(_found(norms))
+        except NonFiniteNormError as error:
+            self._error = self._error or error
         finally:
-            self.percentile = now
+            if percentile != now:
+                self.percentile = now
 
     def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
