@@ -63,7 +63,7 @@ class History:
             destroy(self._id)
 
     @classmethod
-    def from_bytes(cls, snapshot: bytes) -> Self:
+    def from_bytes(cls, snapshot: bytes | memoryview) -> Self:
         cell = ffi.new("uint64_t *")
         _expect_ok(lib.autoclip_shared_load(ffi.from_buffer(snapshot), len(snapshot), cell), size=len(snapshot))
         return cls._owning(cell[0])
@@ -73,10 +73,10 @@ class History:
         status = _TOO_SMALL
         while status == _TOO_SMALL:  # again if another thread pushed in between
             _expect_ok(lib.autoclip_shared_save_size(self._id, size))
-            snapshot = bytearray(size[0])
-            status = lib.autoclip_shared_save(self._id, ffi.from_buffer(snapshot), len(snapshot), size)
+            snapshot = bytes(size[0])  # filled in place: nobody else has seen it yet
+            status = lib.save(self._id, ffi.from_buffer(snapshot), len(snapshot), size)
         _expect_ok(status)
-        return bytes(memoryview(snapshot)[: size[0]])
+        return snapshot if size[0] == len(snapshot) else snapshot[: size[0]]
 
     def clone(self) -> Self:
         cell = ffi.new("uint64_t *")

@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
     "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
     "adapters/autoclip_torch/transformers.py": "autoclip_core autoclip_torch torch transformers",

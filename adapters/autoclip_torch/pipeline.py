@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from math import isfinite
+from math import hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from weakref import WeakMethod
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.gradients import Gradients
+from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Pipeline:
         self._mode = mode
         self._process_group = process_group
         self._warned = False
+        self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.replace({name: self.make_clip() for name in groups.by_name})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,7 +260,14 @@ class Pipeline:
         if steps:
             self.latest = {items[index][0]: steps[index] for index in norms}
             self.clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+            self._watch(hypot(*norms.values()))
         return steps
+
+    def _watch(self, norm: float) -> None:
+        """See whether another clipper has had the gradients before."""
+        if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
+            self._plateau = None
+            warnings.warn(odd, RuntimeWarning, stacklevel=5)
 
 
 def is_dropped(steps: dict[int, ClipStep]) -> bool:

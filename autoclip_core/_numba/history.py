@@ -224,7 +224,7 @@ class History:
         return snapshot.dump(norms, self._window)
 
     @classmethod
-    def from_bytes(cls, made: bytes) -> Self:
+    def from_bytes(cls, made: bytes | memoryview) -> Self:
         norms, window = snapshot.load(made)
         history = cls(window)
         history._build(norms if window is None else np.sort(norms), np.empty(0) if window is None else norms)

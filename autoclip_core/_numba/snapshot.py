@@ -66,15 +66,13 @@ def checksum(words: Words) -> np.uint64:
 def dump(norms: Floats, window: int | None) -> bytes:
     """The snapshot of these norms: in order of age if there is a window, else ascending."""
     flags = 0 if window is None else _HAS_WINDOW
-    words = np.empty(_HEADER + len(norms) + 1, np.uint64)
-    words[: _HEADER - 1] = _MAGIC, _VERSION_1_0, flags, len(norms), window or 0, 0, 0
-    words[_HEADER - 1] = checksum(words[: _HEADER - 1])
-    words[_HEADER:-1] = norms.view(np.uint64)
-    words[-1] = checksum(words[_HEADER:-1])
-    return words.astype("<u8", copy=False).tobytes()
+    words = norms.view(np.uint64)
+    header = np.array([_MAGIC, _VERSION_1_0, flags, len(norms), window or 0, 0, 0], np.uint64)
+    codes = np.array([checksum(header), checksum(words)], np.uint64)
+    return b"".join(part.astype("<u8", copy=False).data for part in (header, codes[:1], words, codes[1:]))
 
 
-def load(made: bytes) -> tuple[Floats, int | None]:
+def load(made: bytes | memoryview) -> tuple[Floats, int | None]:
     """The norms of a snapshot and its window; the opposite of `dump`."""
 
     def refuse() -> NoReturn:
@@ -98,4 +96,5 @@ def load(made: bytes) -> tuple[Floats, int | None]:
     norms = words[:-1].view(np.float64)
     if not np.isfinite(norms).all() or not (window or (norms[:-1] <= norms[1:]).all()):
         refuse()
-    return norms + 0.0, window or None
+    norms += 0.0  # without -0.0
+    return norms, window or None
