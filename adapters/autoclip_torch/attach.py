@@ -192,8 +192,14 @@ class Attachment:
         if clip is not None and clip._attachment is self:
             del _clips[optimizer]  # type: ignore[arg-type]
 
-    def look(self) -> None:
-        """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see."""
+    def look(self, *, at_start: bool = False) -> None:
+        """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see.
+
+        Args:
+            at_start: look only if there never was a step, and do not expect one at every look.
+        """
+        if at_start and self._steps:
+            return
         optimizer = self._optimizer()
         if optimizer is None:
             self._warn(
@@ -208,7 +214,7 @@ class Attachment:
         if before is None:
             return
         self._unseen += before[:2] != self._look[:2]
-        self._idle += before == self._look
+        self._idle += before == self._look and not at_start
         if self._unseen == _LATE:
             self._warn(
                 f"The parameters of the {self._name} change, and AutoClip sees no step of it: nothing is clipped. Who "
@@ -225,19 +231,21 @@ class Attachment:
         params = [param for group in optimizer.param_groups for param in group["params"] if not param.is_inference()]
         versions = sum(param._version for param in params)
         # Not every optimizer writes so that a version tells. Reading is waiting, so only if there never was a step.
-        plain = [
-            param for param in params if type(param) in (torch.nn.Parameter, Tensor) and param.device.type != "meta"
-        ]
         values = None
-        if not self._steps and plain:
-            values = min(plain, key=Tensor.numel).detach().double().abs().sum().item().hex()
+        if not self._steps:
+            plain = [
+                param.detach()
+                for param in params
+                if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
+            ]
+            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else None
         grad = next((param.grad for param in params if param.grad is not None), None)
         return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,14 +307,15 @@ class Attachment:
             fused = fused and not lacks_momentum(optimizer)
             if fused:
                 self._let_leave_out(optimizer, steps, found_inf)
+        folds = fused and self._is_torch and gradients.count == 1
         if isinstance(steps, dict) and is_dropped(steps):
             self._pipeline.apply(gradients, steps)
             self._hide_gradients(optimizer)
-        elif steps and fused and self._is_torch and gradients.count == 1:
+        elif steps and folds:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.repeats.leave(gradients, steps)
+        self._pipeline.repeats.leave(gradients, steps, may_keep_nonfinite=folds)
         self._first = gradients.first
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:

@@ -192,16 +192,7 @@ class AutoClip:
         deferred step is the latest when its norms have reached the host. Warns, once, if nothing is clipped any more:
         if the optimizer is gone, if this is a copy, or if updates are made that an attached AutoClip does not see.
         """
-        if self._attachment is not None:
-            self._attachment.look()
-        elif self._is_copy:
-            self._is_copy = False
-            warnings.warn(
-                "This is a copy of an AutoClip that was attached, and copies are not attached: nothing is clipped. "
-                "Attach to the copy of the optimizer, and load_state_dict() this state.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._look()
         pipeline = self._pipeline
         pipeline.receive()
         numbers: dict[str, float] = {}
@@ -252,6 +243,9 @@ class AutoClip:
                 f"The state has format {state.get('format')!r}, and this release reads format {_STATE_FORMAT}; was it "
                 "made by autoclip_torch.AutoClip.state_dict(), and by a release not later than this one?"
             )
+        shares = state.get("clipped_shares", [])
+        if not isinstance(shares, list) or not all(isinstance(share, float) for share in shares):
+            raise StateError(f"The state has clipped_shares={shares!r}, which is not a list of numbers.")
         scope = self._pipeline.groups.scope
         if state.get("scope") != scope:
             raise StateError(
@@ -270,7 +264,7 @@ class AutoClip:
         loaded = {name: self._pipeline.make_clip() for name in clips}
         for name, clip in loaded.items():
             clip.load_state_dict(groups[name])
-        self._pipeline.replace(loaded)
+        self._pipeline.replace(loaded, shares)
 
     def __repr__(self) -> str:
         clips = self._pipeline.clips
@@ -284,6 +278,24 @@ class AutoClip:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._step_untraced = _step_untraced()
+
+    def _look(self, *, at_start: bool = False) -> None:
+        """Warn, once, if nothing is clipped though somebody thinks so; `at_start`, before any step was seen."""
+        if self._attachment is not None:
+            self._attachment.look(at_start=at_start)
+        elif self._is_copy:
+            self._is_copy = False
+            warnings.warn(
+                "This is a copy of an AutoClip that was attached, and copies are not attached: nothing is clipped. "
+                "Attach to the copy of the optimizer, and load_state_dict() this state.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """Return the state with what `log` needs, for trainers that save whole files."""
+        # Not in every state: torch.distributed.checkpoint loads no state of before that lacks an entry.
+        return {**self.state_dict(), "clipped_shares": list(self._pipeline.clipped_shares)}
 
     def _only(self, what: str) -> autoclip_core.AutoClip:
         scope = self._pipeline.groups.scope

@@ -87,7 +87,7 @@ class Pipeline:
         """Return a clip for one more group."""
         return AutoClip(self._percentile, **self._options)
 
-    def replace(self, clips: dict[str, AutoClip]) -> None:
+    def replace(self, clips: dict[str, AutoClip], shares: Iterable[float] = ()) -> None:
         """Go on with other clips of the same groups, and forget all that was on its way."""
         self._clips = clips
         self._percentile = next(iter(clips.values())).percentile
@@ -95,7 +95,7 @@ class Pipeline:
         self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
         self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
-        self.clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)  # of the groups, at each step
+        self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
 
     @property
     def percentile(self) -> float:

@@ -10,6 +10,7 @@ torch to swap it when a module is converted.
 from __future__ import annotations
 
 from itertools import count
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,8 +34,16 @@ class Repeats:
     _version = 0
     _tolerance = 0.0
 
-    def leave(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Remember the gradients as a step has left them."""
+    def leave(
+        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
+    ) -> None:
+        """Remember the gradients as a step has left them.
+
+        Args:
+            gradients: measured before.
+            steps: what was decided.
+            may_keep_nonfinite: whether those of a step that was dropped are as they were, and not zeros.
+        """
         self.forget()
         first = gradients.first
         if first is None and not gradients.is_shared:
@@ -46,7 +55,8 @@ class Repeats:
         # The scale rounds each element by half a unit.
         self._tolerance = max(1e-5, torch.finfo(torch.float32 if first is None else first.dtype).eps / 2)
         if isinstance(steps, DeviceStep):
-            self._norms = torch.where((steps.scale > 0.0).all(), steps.norm * steps.scale, 0.0)
+            left = steps.norm * steps.scale
+            self._norms = left if may_keep_nonfinite else torch.where((steps.scale > 0.0).all(), left, 0.0)
         elif any(step.scale == 0.0 for step in steps.values()):
             self._norms = dict.fromkeys(steps, 0.0)
         else:
@@ -65,14 +75,18 @@ class Repeats:
         left = self._norms
         if not isinstance(left, dict) or not self._is_untouched(gradients) or norms.keys() != left.keys():
             return False
-        return all(abs(norm - left[index]) <= self._tolerance * norm for index, norm in norms.items())
+        return all(
+            abs(norm - left[index]) <= self._tolerance * norm or not (isfinite(norm) or isfinite(left[index]))
+            for index, norm in norms.items()
+        )
 
     def has_on_device(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
         """Return the same as a tensor, shape (), or None if they cannot be."""
         if not isinstance(self._norms, Tensor) or not self._is_untouched(gradients):
             return None
         left = self._norms.to(norms.device)
-        same: Tensor = ((norms - left).abs() <= self._tolerance * norms.abs()).all()
+        near = (norms - left).abs() <= self._tolerance * norms.abs()
+        same: Tensor = (near | ~(norms.isfinite() | left.isfinite())).all()
         return same
 
     def _is_untouched(self, gradients: Gradients) -> bool:

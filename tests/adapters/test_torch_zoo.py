@@ -10,7 +10,6 @@ import gc
 import io
 import pickle
 import types
-import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from math import nan, sqrt
