@@ -19,9 +19,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClipError, AutoClipTypeError
+from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.engines import deepspeed_in
+from autoclip_torch.gradients import moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -57,6 +59,7 @@ def attach(
     scope: Scope | Callable[[str], str] = "global",
     mode: Mode = "auto",
     process_group: ProcessGroup | None = None,
+    check_ranks: ProcessGroup | bool = False,
     names: Parameters | None = None,
     window: int | None = None,
     warmup: int = 0,
@@ -78,6 +81,9 @@ def attach(
     Around a wrapper (Accelerate, Fabric, SAM, Lookahead, ...) it is the optimizer inside that clips, because it makes
     the update. A copy of the optimizer is not attached: see `attached`.
 
+    A DeepSpeed engine, its optimizer, or what Accelerate or Fabric make of it, is attached to as by
+    `autoclip_torch.deepspeed.attach`.
+
     Args: as `AutoClip`, for the parameters of all groups, those added later included; and
         names: a module, or (name, tensor) pairs, for a scope that needs names, which most optimizers do not know.
 
@@ -86,7 +92,8 @@ def attach(
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already, or makes updates that cannot be seen, or too early.
+        AutoClipError: the optimizer has an AutoClip already, or makes updates that cannot be seen, or too early, or its
+            parameters belong to an engine (see `AutoClip`).
 
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -96,6 +103,22 @@ def attach(
     >>> clip.steps
     1
     """
+    options: dict[str, Any] = {
+        "check_ranks": check_ranks,
+        "window": window,
+        "warmup": warmup,
+        "nonfinite": nonfinite,
+        "max_threshold": max_threshold,
+    }
+    if (engine := deepspeed_in(optimizer)) is not None:
+        from autoclip_torch import deepspeed
+
+        if scope != "global" or mode == "deferred" or process_group is not None:
+            raise AutoClipValueError(
+                "DeepSpeed measures one norm of all parameters on all ranks by itself; leave out scope, mode and "
+                "process_group."
+            )
+        return deepspeed.attach(engine, percentile, **options)
     optimizer = innermost(optimizer, "attach")
     if attached(optimizer) is not None:
         raise AutoClipError(
@@ -103,17 +126,9 @@ def attach(
             "clipped; use the first one, which attached(optimizer) returns, or detach() it."
         )
     refuse_hidden_updates(optimizer)
-    clip = AutoClip(
-        Groups(optimizer, scope, names=names),
-        percentile,
-        mode=mode,
-        process_group=process_group,
-        window=window,
-        warmup=warmup,
-        nonfinite=nonfinite,
-        max_threshold=max_threshold,
-    )
-    clip._attachment = Attachment(clip._pipeline, optimizer)
+    groups = Groups(optimizer, scope, names=names)
+    clip = AutoClip(groups, percentile, mode=mode, process_group=process_group, **options)
+    clip._attachment = StepHooks(clip._pipeline, optimizer)
     _clips[optimizer] = clip
     return clip
 
@@ -133,12 +148,16 @@ def attached(optimizer: Optimizer) -> AutoClip | None:
     >>> clip.detach()
     >>> attached(optimizer)
     """
+    if (engine := deepspeed_in(optimizer)) is not None:
+        from autoclip_torch import deepspeed
+
+        return deepspeed.attached(engine)
     optimizer = innermost(optimizer, "attached")
     clip = _clips.get(optimizer)
-    return clip if clip is not None and clip._attachment is not None and clip._attachment.is_hooked() else None
+    return clip if clip is not None and clip._attachment is not None and clip._attachment.is_on() else None
 
 
-class Attachment:
+class StepHooks:
     """What happens before and after the steps of one optimizer, and what is known of those that nobody saw."""
 
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
@@ -169,7 +188,7 @@ class Attachment:
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
         ]
 
-    def is_hooked(self) -> bool:
+    def is_on(self) -> bool:
         """Return whether the optimizer is there, and has the hooks."""
         optimizer = self._optimizer()
         hooks = (
@@ -179,7 +198,7 @@ class Attachment:
 
     def describe(self) -> str:
         """Return a few words about the optimizer."""
-        return f"attached to {self._name}" if self.is_hooked() else f"no longer attached to {self._name}"
+        return f"attached to {self._name}" if self.is_on() else f"no longer attached to {self._name}"
 
     def detach(self) -> None:
         """Leave the optimizer as it was."""
@@ -192,7 +211,7 @@ class Attachment:
         if clip is not None and clip._attachment is self:
             del _clips[optimizer]  # type: ignore[arg-type]
 
-    def look(self, *, at_start: bool = False) -> None:
+    def look(self, *, at_start: bool) -> None:
         """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see.
 
         Args:
@@ -315,25 +334,29 @@ class Attachment:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.repeats.leave(gradients, steps, may_keep_nonfinite=folds)
+        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds)
         self._first = gradients.first
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
         """Have the optimizer leave everything alone if the step is dropped."""
         dropped = steps.scale[0] == 0.0 if len(steps.scale) == 1 else (steps.scale == 0.0).any()
-        self._lend(optimizer, "found_inf", dropped.float() if found_inf is None else torch.maximum(found_inf, dropped))
+        if found_inf is not None:
+            # Torch adds up what it finds on several devices, and then looks for a 1.
+            dropped = dropped.logical_or(moved(found_inf, dropped.device))
+        self._lend(optimizer, "found_inf", dropped.float())
 
     def _let_scale(
         self, optimizer: Optimizer, steps: dict[int, ClipStep] | DeviceStep, grad_scale: Tensor | None
     ) -> None:
         """Have the optimizer divide the gradients in its own pass."""
         if isinstance(steps, DeviceStep):
-            scale = torch.where(steps.scale[0] == 0.0, 1.0, steps.scale[0]).float()
+            scale = steps.scale[0].float()
         elif steps[0].scale == 1.0:
             return
         else:
-            scale = torch.tensor(steps[0].scale, dtype=torch.float32)
-        divisor = 1.0 / scale if grad_scale is None else grad_scale / scale.to(grad_scale.device)
+            scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
+        # Infinity if the step is dropped: then nothing is divided by it.
+        divisor = 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale
         self._lend(optimizer, "grad_scale", divisor)
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:

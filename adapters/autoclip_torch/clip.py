@@ -5,22 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, ClipStep, NormHistory, StateError
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.groups import Groups, Parameters, Scope
 from autoclip_torch.pipeline import Mode, Pipeline
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from autoclip_torch.attach import Attachment
-
 _STATE_FORMAT = 1
+
+
+class Attachment(Protocol):
+    """What clips inside the steps of an optimizer."""
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+
+    def is_on(self) -> bool:
+        """Return whether the optimizer is there, and is clipped."""
+
+    def look(self, *, at_start: bool) -> None:
+        """Warn, once, if it does not clip any more; `at_start`, only if it never did."""
+
+    def describe(self) -> str:
+        """Return a few words about the optimizer."""
 
 
 class AutoClip:
@@ -40,6 +55,8 @@ class AutoClip:
             decides, from the same history and to the same bits, and nobody waits. "auto": deferred on CUDA and XPU.
         process_group: where parameters are spread over processes without being DTensors (the stages of a pipeline,
             FSDP1), the processes over which to add up their norms. Needs the global scope.
+        check_ranks: the processes that train one model, True for all: they compare norms and thresholds in the steps
+            1, 2, 4, ... and then rarely, and raise AutoClipError if they differ.
         window: remember only the last `window` norms; None, the paper's choice, remembers all.
         warmup: do not clip before this many norms have been remembered.
         nonfinite: what a NaN or infinite norm does. "skip": all gradients become zeros; warns once. "raise":
@@ -49,6 +66,8 @@ class AutoClip:
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used, or there are no parameters.
+        AutoClipError: the parameters belong to an engine that keeps their gradients, or the norms of their parts, to
+            itself (also later: in the step after it has taken them).
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> clip = AutoClip([weight], percentile=50.0)
@@ -75,14 +94,20 @@ class AutoClip:
         scope: Scope | Callable[[str], str] = "global",
         mode: Mode = "auto",
         process_group: ProcessGroup | None = None,
+        check_ranks: ProcessGroup | bool = False,
         window: int | None = None,
         warmup: int = 0,
         nonfinite: Literal["skip", "raise", "pass"] = "skip",
         max_threshold: float | None = None,
     ) -> None:
+        if deepspeed_in(params) is not None:
+            raise AutoClipTypeError(
+                "DeepSpeed keeps the gradients of an engine to itself, so there is nothing to clip before its step(); "
+                "use autoclip_torch.deepspeed.attach(engine) instead."
+            )
         options = {"window": window, "warmup": warmup, "nonfinite": nonfinite, "max_threshold": max_threshold}
         groups = params if isinstance(params, Groups) else Groups(params, scope)  # `attach` makes its own
-        self._pipeline = Pipeline(groups, percentile, options, mode, process_group)
+        self._pipeline = Pipeline(groups, percentile, options, mode, process_group, check_ranks)
         self._step_untraced = _step_untraced()
 
     @property
@@ -143,7 +168,9 @@ class AutoClip:
         return self._pipeline.waits
 
     def step(self) -> Any:
-        """Clip the gradients in place, and return what was decided. One pass for the norms and one to scale.
+        """Clip the gradients in place, and return what was decided.
+
+        One pass over the gradients for the norms and one to scale them; deferred, one more that keeps or drops them.
 
         After a non-finite norm under "skip" the gradients are zeros and the scale is 0.0: an `optimizer.step()` would
         still apply momentum and weight decay, so leave it out to keep the parameters as they are. Where no parameter
@@ -173,11 +200,10 @@ class AutoClip:
             steps = pipeline.decide(measured)
             gradients = measured.gradients
             pipeline.apply(gradients, steps)
-            pipeline.repeats.leave(gradients, steps)
+            pipeline.leave(gradients, steps)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            # The norm is on its way to the host, and its owner may do with it what he likes.
-            every = enumerate(zip(*steps._replace(norm=steps.norm.clone()), strict=True))
+            every = enumerate(zip(*steps, strict=True))
             steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if pipeline.groups.scope == "global":
             return steps[0]

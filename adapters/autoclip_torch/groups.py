@@ -33,6 +33,9 @@ class Groups:
         AutoClipTypeError, AutoClipValueError: they cannot be used, or there are no parameters.
     """
 
+    params: list[Tensor]  # of all groups
+    by_name: dict[str, list[Tensor]]
+
     def __init__(
         self,
         source: Parameters,
@@ -55,12 +58,12 @@ class Groups:
         self._places: dict[str, str] = {}  # the names of groups by those that they have without `names`
         named = [] if isinstance(source, Optimizer) else _named_tensors(source)
         # Changed in place, because `hold` hands them out.
-        self._params = [param for _, param in named]
+        self.params = [param for _, param in named]
         self._listed: list[Tensor] = []  # as the optimizer has them
         self.by_name = self._grouped([name for name, _ in named])
         self._source: Optimizer | ref[Optimizer] | None = source if isinstance(source, Optimizer) else None
         self.refresh()
-        if not self._params:
+        if not self.params:
             raise AutoClipValueError(
                 f"There are no parameters to clip in the {type(source).__name__} given; if it is a generator, it may "
                 "have been used up before."
@@ -68,7 +71,7 @@ class Groups:
 
     def __len__(self) -> int:
         """Return the number of parameters."""
-        return len(self._params)
+        return len(self.params)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_source": self.optimizer}
@@ -77,7 +80,7 @@ class Groups:
         """Keep the optimizer alive, or give its parameters up with it: what it keeps must not keep it."""
         optimizer = self.optimizer
         if weakly and optimizer is not None:
-            give_up = partial(_give_up, self._names, self._params, self._listed, self.by_name)
+            give_up = partial(_give_up, self._names, self.params, self._listed, self.by_name)
             self._source = ref(optimizer, give_up)
         else:
             self._source = optimizer
@@ -104,11 +107,11 @@ class Groups:
         # The first name of a tensor listed twice.
         named = dict(zip(reversed(listed), reversed(names), strict=True))
         self._listed[:] = listed
-        self._params[:] = dict.fromkeys(listed)
+        self.params[:] = dict.fromkeys(listed)
         grouped = (
             {str(index): list(dict.fromkeys(group["params"])) for index, group in enumerate(groups)}
             if self.scope == "group"
-            else self._grouped([named[param] for param in self._params])
+            else self._grouped([named[param] for param in self.params])
         )
         self.by_name.clear()
         self.by_name.update(grouped)
@@ -124,9 +127,9 @@ class Groups:
 
     def _grouped(self, names: list[str]) -> dict[str, list[Tensor]]:
         if self.scope == "global":
-            return {"global": self._params}
+            return {"global": self.params}
         grouped: dict[str, list[Tensor]] = {}
-        for name, param in zip(names, self._params, strict=True):
+        for name, param in zip(names, self.params, strict=True):
             group = name if self._group_of is None else self._group_of(name)
             if not isinstance(group, str):
                 raise AutoClipTypeError(

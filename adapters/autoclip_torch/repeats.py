@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.gradients import moved
 
 if TYPE_CHECKING:
     from autoclip_core import ClipStep
@@ -33,17 +34,10 @@ class Repeats:
     _mark: int | None = None  # of the first gradient of this rank, if there is one
     _version = 0
     _tolerance = 0.0
+    _are_zeros = True
 
-    def leave(
-        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
-    ) -> None:
-        """Remember the gradients as a step has left them.
-
-        Args:
-            gradients: measured before.
-            steps: what was decided.
-            may_keep_nonfinite: whether those of a step that was dropped are as they were, and not zeros.
-        """
+    def leave(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool) -> None:
+        """Remember the gradients as a step has left them (see Pipeline.leave)."""
         self.forget()
         first = gradients.first
         if first is None and not gradients.is_shared:
@@ -55,8 +49,8 @@ class Repeats:
         # The scale rounds each element by half a unit.
         self._tolerance = max(1e-5, torch.finfo(torch.float32 if first is None else first.dtype).eps / 2)
         if isinstance(steps, DeviceStep):
-            left = steps.norm * steps.scale
-            self._norms = left if may_keep_nonfinite else torch.where((steps.scale > 0.0).all(), left, 0.0)
+            self._norms = steps.norm * steps.scale  # NaN of a group that is dropped
+            self._are_zeros = not may_keep_nonfinite  # all of them, then
         elif any(step.scale == 0.0 for step in steps.values()):
             self._norms = dict.fromkeys(steps, 0.0)
         else:
@@ -84,7 +78,9 @@ class Repeats:
         """Return the same as a tensor, shape (), or None if they cannot be."""
         if not isinstance(self._norms, Tensor) or not self._is_untouched(gradients):
             return None
-        left = self._norms.to(norms.device)
+        left = moved(self._norms, norms.device)
+        if self._are_zeros:
+            left = torch.where(left.isnan().any(), 0.0, left)
         near = (norms - left).abs() <= self._tolerance * norms.abs()
         same: Tensor = (near | ~(norms.isfinite() | left.isfinite())).all()
         return same
