@@ -78,7 +78,7 @@ def plot_distribution(history: NormHistory | ArrayLike, percentile: float = 10.0
     norms = _positive(history)
     threshold = float(np.percentile(norms, as_percentile(percentile)))
     axes = _axes(axes)
-    edges = np.geomspace(norms[0], norms[-1], 61) if norms[-1] > norms[0] else np.array([0.9, 1.1]) * norms[0]
+    edges = bin_edges(norms[0], norms[-1], 60) if norms[-1] > norms[0] else np.array([0.9, 1.1]) * norms[0]
     _, _, bars = axes.hist(norms, edges, color=_NORM, label="norms")
     above = [bar for bar in bars if bar.get_x() >= threshold]
     for bar in above:
@@ -125,6 +125,24 @@ def plot_thresholds(history: NormHistory | ArrayLike, percentile: float | None =
     return axes
 
 
+def bin_edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
+    """Return the edges of bins from low to high, of equal ratio if both are above 0, else of equal width.
+
+    They ascend strictly, and the outermost are low and high themselves. There are fewer bins where there are not that
+    many doubles between them; one bin without width where low is high.
+    """
+    import numpy as np
+
+    along = np.linspace(0.0, 1.0, bins + 1)
+    with np.errstate(over="ignore"):  # at the largest double, where high itself takes the place
+        if low > 0.0:
+            edges = np.exp2(np.log2(low) * (1.0 - along) + np.log2(high) * along)
+        else:
+            edges = low * (1.0 - along) + high * along
+    edges = np.unique(np.clip(edges, low, high))
+    return np.array([low, *edges[(edges > low) & (edges < high)], high])
+
+
 def _positive(history: NormHistory | ArrayLike) -> NDArray[np.float64]:
     import numpy as np
 
@@ -135,13 +153,30 @@ def _positive(history: NormHistory | ArrayLike) -> NDArray[np.float64]:
     return norms
 
 
+def panels_to_save(count: int) -> list[Any]:
+    """Return axes, one below the other, of a figure that is only saved: without a window, no backend is asked for."""
+    try:
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError) as error:
+        raise _no_matplotlib(error) from None
+    figure = Figure(figsize=(8, 4.5 if count == 1 else 3.5 * count), layout="constrained")
+    return [axes for [axes] in figure.subplots(count, squeeze=False)]
+
+
 def _axes(axes: Any) -> Any:
     if axes is None:
         try:
             import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise AutoClipError(f'Pictures need matplotlib: pip install "autoclip-core[plot]" ({error}).') from None
-        _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+
+            _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        except (ImportError, ValueError) as error:
+            raise _no_matplotlib(error) from None
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
     return axes
+
+
+def _no_matplotlib(error: Exception) -> AutoClipError:
+    if isinstance(error, ModuleNotFoundError):
+        return AutoClipError(f'Pictures need matplotlib: pip install "autoclip-core[plot]" ({error}).')
+    return AutoClipError(f"matplotlib does not start; is MPLBACKEND right? ({error})")
