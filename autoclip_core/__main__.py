@@ -38,6 +38,7 @@ _ALSO = (
     *("tensorflow", "tensorflow-cpu", "numpy", "numba", "lightning", "transformers", "accelerate", "matplotlib"),
     "tensorboard",
 )
+_LEFT = {"norms", "setting", "percentile"}  # columns that begin at the left
 _BARS = "▏▎▍▌▋▊▉█"
 
 
@@ -48,11 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     code = _run(arguments)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         # Python would try again at its end, and fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # `autoclip ... | head` has seen enough
+        if code == 0 and not isinstance(error, BrokenPipeError):  # `autoclip ... | head` has seen enough
             code = _complain(f"standard output: {error}")
     return code
 
@@ -60,10 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     """Run a command; every error becomes a sentence and an exit code here."""
     if sys.stdout is None:
-        return _complain("there is no standard output to write to")
+        return _complain("there is no standard output to write to.")
     try:
         options = _parser().parse_args(arguments)
         options.run(options)
+    except SystemExit as end:  # argparse has said what there is to say
+        return int(end.code or 0)
     except BrokenPipeError:
         return 0
     except (AutoClipError, OSError) as error:
@@ -157,6 +161,7 @@ def _replay(options: argparse.Namespace) -> None:
     if options.file == "-" and sys.stdin is None:
         raise AutoClipError("There is no standard input to read.")
     logs = read_log(sys.stdin.buffer if options.file == "-" else options.file, options.column or [])
+    source = "standard input" if options.file == "-" else options.file
     percentiles = options.percentile or list(PERCENTILES)
     windows = [None, *(options.window or [])]
     draw_at = 10.0 if 10.0 in percentiles else percentiles[0]
@@ -186,7 +191,7 @@ def _replay(options: argparse.Namespace) -> None:
         return
     for facts in contents:
         span = f"{_number(facts['lowest'])} to {_number(facts['highest'])}"
-        print(f"{facts['column']} in {options.file}: {facts['steps']:,} steps, {span}")
+        print(f"{facts['column']} in {source}: {facts['steps']:,} steps, {span}")
         left_out = [f"{facts[what]:,} {what}" for what in ("zero", "nonfinite") if facts[what]]
         if left_out:
             print(f"not remembered: {', '.join(left_out)}")
@@ -394,8 +399,8 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         return
     for row in [header, *rows]:
         cells = [
-            f"{row[0]:{widths[0]}}",
-            *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)),
+            f"{cell:{'<' if name in _LEFT else '>'}{width}}"
+            for name, cell, width in zip(header, row, widths, strict=True)
         ]
         print("  ".join(cells).rstrip())
 

@@ -56,7 +56,7 @@ class Replay(NamedTuple):
             "percentile": self.percentile,
             "window": self.window,
             "final_threshold": self.thresholds[-1].item(),
-            "median_threshold": float(np.median(finite)) if len(finite) else None,
+            "median_threshold": float(np.percentile(finite, 50)) if len(finite) else None,
             "clipped_share": float(self.clipped.mean()),
             "median_scale": median,
             "hard_scale": hard,

@@ -53,7 +53,8 @@ def read_log(source: str | Path | BinaryIO, columns: Sequence[str] = ()) -> list
         OSError: the file cannot be read.
     """
     if not isinstance(source, str | Path):
-        found = Found(str(getattr(source, "name", "the log")), columns)
+        name = str(getattr(source, "name", "the log"))
+        found = Found("standard input" if name == "<stdin>" else name, columns)
         _read_file(source, found)
         return found.logs()
     found = Found(str(source), columns)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autoclip_core.logs.found import Found, Series
 
 _LENGTH = 12  # bytes of a length and its checksum
-_FAR = 1 << 20  # how far the next record is looked for
+_FAR = 1 << 18  # how far the next record is looked for
 # A record this long that holds no number is an image or a graph. Its checksum would take a second per 10 MB.
 _LONG = 1 << 16
 
@@ -64,7 +64,7 @@ def read(files: Iterable[tuple[str, BinaryIO]], found: Found) -> None:
         if back:
             found.notes.append(
                 f"{found.source}: the step of {name!r} goes back, first from {back[0][0]:,} to {back[0][1]:,}: a run "
-                f"that was resumed, or several in one folder. All {len(logged):,} are counted, in the order of the files."
+                f"that was resumed, or several in one folder. All {len(logged):,} are read, in the order of the files."
             )
 
 
@@ -109,7 +109,8 @@ def _read(file: BinaryIO, size: int) -> bytes:
 
 
 def _is_length(start: bytes) -> bool:
-    return len(start) == _LENGTH and _checksum(start[:8]) == start[8:]
+    # No record is empty or has 4 GB: to say so first makes the search for the next record ten times faster.
+    return start[4:8] == bytes(4) != start[:4] and _checksum(start[:8]) == start[8:]
 
 
 # --- The checksum: CRC-32C, turned and shifted by a constant so that checksums of checksums are no fixed points -------

@@ -52,7 +52,9 @@ class Series:
             if value is None or (isinstance(value, str) and value.strip().lower() in _MISSING):
                 return
             self.skipped += 1
-            self.first = self.first or f"{where} {at:,} with {shown(value)}"
+            self.first = (
+                self.first or f"{where} {at:,} with {shown(value.strip() if isinstance(value, str) else value)}"
+            )
 
 
 class Found:

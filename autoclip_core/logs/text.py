@@ -33,7 +33,7 @@ def read(stream: BinaryIO, head: bytes, found: Found) -> None:
     encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), "utf-8")
     start = codecs.getincrementaldecoder(encoding)("replace").decode(head)
     start = start.rstrip("\0")  # which a crash of the machine leaves at the end
-    if 10 * len(_NOT_TEXT.findall(start)) > len(start):
+    if head and 10 * len(_NOT_TEXT.findall(start)) >= len(start):
         raise AutoClipValueError(f"{found.source} is neither text nor an array, and cannot be read.")
     # One kind of line end: the others may stand inside a cell, as progress bars do.
     newline = "\n" if "\n" in start or "\r" not in start else "\r"
