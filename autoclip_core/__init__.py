@@ -4,7 +4,7 @@ Norms in, thresholds out. This package imports no framework, and numpy only when
 """
 
 from autoclip_core import arrays
-from autoclip_core._backend import kernel_library
+from autoclip_core._backend import kernel_error, kernel_library
 from autoclip_core.clip import AutoClip, ClipStep
 from autoclip_core.errors import (
     AutoClipError,
@@ -36,6 +36,7 @@ __all__ = [
     "StateError",
     "arrays",
     "check_full_history",
+    "kernel_error",
     "kernel_library",
 ]
 

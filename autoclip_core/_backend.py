@@ -34,7 +34,7 @@ class Backend(Protocol):
 
     def __init__(self, window: int | None) -> None: ...
     @classmethod
-    def from_bytes(cls, snapshot: bytes) -> Self: ...
+    def from_bytes(cls, snapshot: bytes | memoryview) -> Self: ...
     def to_bytes(self) -> bytes: ...
     def clone(self) -> Self: ...
     def push(self, norm: float) -> None: ...
@@ -88,6 +88,12 @@ def kernel_library() -> str:
     if backend.library is None:
         raise BackendError(f"The backend is {backend.name!r}, and only the native one has a library to call from C.")
     return backend.library
+
+
+def kernel_error(status: int) -> Exception:
+    """Return the exception for a status, not 0, that a function of `kernel_library()` has returned."""
+    made: Exception = import_module("autoclip_core._native").error(status)
+    return made
 
 
 def backends() -> dict[str, str]:

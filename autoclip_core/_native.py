@@ -21,33 +21,19 @@ lib: Any = _kernel.lib
 
 _OK: int = lib.AUTOCLIP_OK
 _TOO_SMALL: int = lib.AUTOCLIP_TOO_SMALL
+_STATUSES: dict[int, str] = ffi.typeof("autoclip_status").elements
 _observe: Any = lib.observe
 
 
-def _error(status: int, **given: Any) -> Exception:
+def error(status: int, **given: Any) -> Exception:
     """The exception for a status that is not AUTOCLIP_OK."""
-    if status == lib.AUTOCLIP_NO_MEMORY:
-        return MemoryError(ffi.string(lib.autoclip_status_message(status)).decode())
-    if status == lib.AUTOCLIP_NOT_FINITE:
-        return errors.bad_norm(given["norm"])
-    if status == lib.AUTOCLIP_BAD_PERCENTILE:
-        return errors.bad_percentile(given["percentile"])
-    if status == lib.AUTOCLIP_EMPTY:
-        return errors.empty_history()
-    if status == lib.AUTOCLIP_BAD_RANK:
-        return errors.bad_rank(given["rank"], given["size"])
-    if status == lib.AUTOCLIP_BAD_SNAPSHOT:
-        return errors.bad_snapshot(given["size"])
-    if status == lib.AUTOCLIP_NEW_SNAPSHOT:
-        return errors.new_snapshot()
-    if status == lib.AUTOCLIP_BROKEN:
-        return errors.broken_history(given["reason"])
-    return errors.AutoClipError(ffi.string(lib.autoclip_status_message(status)).decode())
+    message = ffi.string(lib.autoclip_status_message(status)).decode()
+    return errors.of_status(_STATUSES.get(status, ""), message, **given)
 
 
 def _expect_ok(status: int, **given: Any) -> None:
     if status != _OK:
-        raise _error(status, **given)
+        raise error(status, **given)
 
 
 class History:
@@ -77,7 +63,7 @@ class History:
             destroy(self._id)
 
     @classmethod
-    def from_bytes(cls, snapshot: bytes) -> Self:
+    def from_bytes(cls, snapshot: bytes | memoryview) -> Self:
         cell = ffi.new("uint64_t *")
         _expect_ok(lib.autoclip_shared_load(ffi.from_buffer(snapshot), len(snapshot), cell), size=len(snapshot))
         return cls._owning(cell[0])
@@ -87,10 +73,10 @@ class History:
         status = _TOO_SMALL
         while status == _TOO_SMALL:  # again if another thread pushed in between
             _expect_ok(lib.autoclip_shared_save_size(self._id, size))
-            snapshot = bytearray(size[0])
-            status = lib.autoclip_shared_save(self._id, ffi.from_buffer(snapshot), len(snapshot), size)
+            snapshot = bytes(size[0])  # filled in place: nobody else has seen it yet
+            status = lib.save(self._id, ffi.from_buffer(snapshot), len(snapshot), size)
         _expect_ok(status)
-        return bytes(memoryview(snapshot)[: size[0]])
+        return snapshot if size[0] == len(snapshot) else snapshot[: size[0]]
 
     def clone(self) -> Self:
         cell = ffi.new("uint64_t *")
@@ -100,7 +86,7 @@ class History:
     def push(self, norm: float) -> None:
         status = lib.autoclip_shared_push(self._id, norm)
         if status != _OK:
-            raise _error(status, norm=norm)
+            raise error(status, norm=norm)
 
     def extend(self, norms: NDArray[np.float64]) -> None:
         status = lib.autoclip_shared_extend(self._id, ffi.from_buffer("double[]", norms), len(norms))

@@ -1,8 +1,11 @@
 """Every exception this package raises on purpose.
 
 Each one is an `AutoClipError` and also the builtin exception that a caller would expect, so that
-`except ValueError` and `except AutoClipError` both work.
+`except ValueError` and `except AutoClipError` both work. The same mistake reads the same on every backend: sentences
+that more than one file needs stand here, and so does the one place that turns a status of the kernel into an exception.
 """
+
+from typing import Any
 
 
 class AutoClipError(Exception):
@@ -45,9 +48,6 @@ class BrokenHistoryError(AutoClipError, RuntimeError):
     """An invariant of a history does not hold: memory was overwritten, or there is a bug."""
 
 
-# The same mistake reads the same on every backend: the messages that more than one file needs.
-
-
 def bad_norm(norm: object) -> AutoClipValueError:
     """The error for a norm that a history cannot hold."""
     return AutoClipValueError(f"A history holds finite norms only, but {norm!r} was given.")
@@ -81,3 +81,45 @@ def new_snapshot() -> SnapshotError:
 def broken_history(reason: str) -> BrokenHistoryError:
     """The error for a structure whose check fails."""
     return BrokenHistoryError(f"The history is damaged ({reason}): memory was overwritten, or there is a bug.")
+
+
+_KINDS = {
+    "AUTOCLIP_NO_MEMORY": MemoryError,
+    "AUTOCLIP_NOT_FINITE": AutoClipValueError,
+    "AUTOCLIP_BAD_PERCENTILE": AutoClipValueError,
+    "AUTOCLIP_EMPTY": EmptyHistoryError,
+    "AUTOCLIP_BAD_RANK": RankError,
+    "AUTOCLIP_HAS_WINDOW": AutoClipValueError,
+    "AUTOCLIP_BAD_SNAPSHOT": SnapshotError,
+    "AUTOCLIP_NEW_SNAPSHOT": SnapshotError,
+    "AUTOCLIP_NO_HISTORY": StateError,
+    "AUTOCLIP_BROKEN": BrokenHistoryError,
+    "AUTOCLIP_NO_WINDOW": AutoClipValueError,
+    "AUTOCLIP_WRONG_STEP": StateError,
+}
+
+
+def of_status(status: str, message: str, **given: Any) -> Exception:
+    """Return the exception for a status of the kernel.
+
+    Args:
+        status: its name in autoclip.h.
+        message: what the kernel says about it; the exception says more where the caller's values are known.
+        given: these values.
+    """
+    match status, given:
+        case "AUTOCLIP_NOT_FINITE", {"norm": norm}:
+            return bad_norm(norm)
+        case "AUTOCLIP_BAD_PERCENTILE", {"percentile": percentile}:
+            return bad_percentile(percentile)
+        case "AUTOCLIP_EMPTY", _:
+            return empty_history()
+        case "AUTOCLIP_BAD_RANK", {"rank": rank, "size": size}:
+            return bad_rank(rank, size)
+        case "AUTOCLIP_BAD_SNAPSHOT", {"size": size}:
+            return bad_snapshot(size)
+        case "AUTOCLIP_NEW_SNAPSHOT", _:
+            return new_snapshot()
+        case "AUTOCLIP_BROKEN", {"reason": reason}:
+            return broken_history(reason)
+    return _KINDS.get(status, AutoClipError)(message)

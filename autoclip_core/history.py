@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import isfinite, isnan
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
 
 from autoclip_core._backend import Backend, find_backend
 from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, BackendError, bad_norm, bad_percentile
@@ -273,12 +273,15 @@ class NormHistory:
         """Make a history from a snapshot, which may come from any backend and from an untrusted source. O(n).
 
         Raises:
-            AutoClipTypeError: the argument is not bytes.
+            AutoClipTypeError: the argument is not bytes, nor an object that holds bytes as `bytearray` does.
             SnapshotError: it is not a snapshot, is damaged, or has a later format.
         """
-        if not isinstance(snapshot, bytes | bytearray | memoryview):
-            raise AutoClipTypeError(f"A snapshot is bytes, but {_describe(snapshot)} was given.")
-        return cls._holding(find_backend(backend).from_bytes(bytes(snapshot)))
+        try:
+            view = memoryview(snapshot)
+        except TypeError:
+            raise AutoClipTypeError(f"A snapshot is bytes, but {_describe(snapshot)} was given.") from None
+        is_plain = view.format == "B" and view.ndim == 1 and view.contiguous
+        return cls._holding(find_backend(backend).from_bytes(view if is_plain else view.tobytes()))
 
     def check(self) -> None:
         """Test every invariant of the structure. O(n).
@@ -330,9 +333,14 @@ class NormHistory:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # Not bound to this backend: the process that unpickles may have another one.
-        return type(self).from_bytes, (self.to_bytes(),)
+        snapshot = self.to_bytes()
+        if int(protocol) < 5:
+            return type(self).from_bytes, (snapshot,)
+        from pickle import PickleBuffer
+
+        return type(self).from_bytes, (PickleBuffer(snapshot),)  # which may travel beside the pickle, without a copy
 
     def __repr__(self) -> str:
         window = "" if self.window is None else f" window={self.window}"

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (".", "autoclip_core", "adapters", "adapters/*", "csrc", "bench", "bench/*")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for pattern in (*(f"{folder}/README.md" for folder in FOLDERS), "tests/RELIABILITY.md")
+    for pattern in (*(f"{folder}/README.md" for folder in FOLDERS), "tests/RELIABILITY.md", ".github/*.md")
     for path in sorted(ROOT.glob(pattern))
 }
 every_page = pytest.mark.parametrize("page", PAGES)

@@ -28,7 +28,12 @@ MAY_IMPORT = {
     "autoclip_core/__main__.py": "__version__ _backend errors history plot replay [numpy]",
     "autoclip_core/_backend.py": "errors",
     "autoclip_core/_native.py": "_kernel errors [numpy]",
-    "autoclip_core/_numba.py": "errors numba numpy",
+    "autoclip_core/_numba/__init__.py": "_numba.history",
+    "autoclip_core/_numba/check.py": "_numba.tree numpy",
+    "autoclip_core/_numba/compiler.py": "numba",
+    "autoclip_core/_numba/history.py": "_numba _numba.check _numba.tree errors numba numpy",
+    "autoclip_core/_numba/snapshot.py": "_numba.compiler _numba.tree errors numpy",
+    "autoclip_core/_numba/tree.py": "_numba.compiler numpy",
     "autoclip_core/arrays.py": "[clip]",
     "autoclip_core/clip.py": "errors history",
     "autoclip_core/errors.py": "",
@@ -62,14 +67,18 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/gradients.py": "torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/plateau.py": "",
+    "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
     "adapters/autoclip_torch/transformers.py": "autoclip_core autoclip_torch torch transformers",
-    "adapters/autoclip_torch/demo.py": "autoclip_core autoclip_torch matplotlib torch tqdm",
+    "adapters/autoclip_torch/demo.py": "autoclip_torch matplotlib torch tqdm [sklearn]",
 }
 IMPORTS_ARE_CHOSEN_BY = {"autoclip_core/_backend.py"}
 ENVIRONMENT_IS_READ_BY = {"autoclip_core/_backend.py"}
 
-PRIVATE = {f"autoclip_core/{name}.py" for name in ("_backend", "_native", "_numba")}
+NUMBA = [name for name in MAY_IMPORT if name.startswith("autoclip_core/_numba/")]
+PRIVATE = {"autoclip_core/_backend.py", "autoclip_core/_native.py", *NUMBA}
 
 # The modules of the core that adapters may use beside its names.
 PUBLIC_MODULES = {"arrays"}
@@ -175,15 +184,23 @@ def test_environment_is_read_in_one_file_only(name):
     assert not named & readers or name in ENVIRONMENT_IS_READ_BY
 
 
-def test_numba_code_keeps_ieee_arithmetic_and_machine_types():
-    if "autoclip_core/_numba.py" not in FILES:
-        pytest.skip("there is no autoclip_core/_numba.py")
-    tree = FILES["autoclip_core/_numba.py"]
-    words = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
-    words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    words |= {alias for _, names, _ in imports_of("autoclip_core/_numba.py") for alias in names}
+@pytest.mark.parametrize("name", NUMBA)
+def test_numba_code_keeps_ieee_arithmetic_and_machine_types(name):
+    words = {node.arg for node in ast.walk(FILES[name]) if isinstance(node, ast.keyword)}
+    words |= {node.attr for node in ast.walk(FILES[name]) if isinstance(node, ast.Attribute)}
+    words |= {node.id for node in ast.walk(FILES[name]) if isinstance(node, ast.Name)}
+    words |= {alias for _, names, _ in imports_of(name) for alias in names}
     assert not words & {"fastmath", "error_model", "jit", "nopython", "forceobj", "objmode", "looplift"}
+
+
+@pytest.mark.parametrize("name", NUMBA)
+def test_compiled_functions_use_names_of_their_own_file_only(name):
+    # Numba keeps compiled code until the file of the function changes, and looks at no other file.
+    imported = {alias for _, names, _ in imports_of(name) for alias in names} - {"compiled", "uncounted"}
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.FunctionDef) and "compiled" in map(ast.unparse, node.decorator_list):
+            used = {part.id for line in node.body for part in ast.walk(line) if isinstance(part, ast.Name)}
+            assert not used & imported, f"{node.name} of {name}"
 
 
 def test_import_of_the_core_loads_no_framework_and_no_numpy(run_python):

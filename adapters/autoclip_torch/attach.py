@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from autoclip_core import AutoClipError, AutoClipTypeError
-from autoclip_torch.clip import AutoClip, Mode, is_dropped
+from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from autoclip_core import ClipStep
     from autoclip_torch.gradients import Gradients
     from autoclip_torch.groups import Scope
+    from autoclip_torch.pipeline import Mode, Pipeline
 
 _ABSENT = object()
 _attached: WeakSet[Optimizer] = WeakSet()
@@ -107,7 +109,7 @@ def attach(
         nonfinite=nonfinite,
         max_threshold=max_threshold,
     )
-    hooks = _Hooks(clip, optimizer)
+    hooks = _Hooks(clip._pipeline, optimizer)
     handles = [
         # What reads values on the host is not for torch.compile to trace.
         optimizer.register_step_pre_hook(torch.compiler.disable(hooks.before_step)),  # type: ignore[no-untyped-call]
@@ -128,11 +130,12 @@ def attach(
 class _Hooks:
     """What happens before and after the step of one optimizer."""
 
-    def __init__(self, clip: AutoClip, optimizer: Optimizer) -> None:
-        self._clip = clip
+    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+        self._pipeline = pipeline
         self._needs_closure = _needs_closure(optimizer)
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
+        self._first: Tensor | None = None  # gradient of the step that is being made
         self._optimizer = optimizer
 
     def before_step(
@@ -160,24 +163,26 @@ class _Hooks:
         return args, {**kwargs, "closure": closure_then_clip}
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._first is not None:
+            self._pipeline.repeats.touch(self._first)
         self.take_back()
-        if self._clip._left is not None:
-            self._clip._left.touch()
 
     @torch.no_grad()
     def _clip_gradients(self) -> None:
         grad_scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
-        gradients = self._clip._gradients()
-        steps = self._clip._decide(gradients, grad_scale, found_inf)
+        measured = self._pipeline.measure(grad_scale)
+        steps = self._pipeline.decide(measured, found_inf)
+        gradients = measured.gradients
         if isinstance(steps, dict) and is_dropped(steps):
-            self._clip._apply(gradients, steps)
+            self._pipeline.apply(gradients, steps)
             self._hide_gradients()
         elif steps and self._can_scale(gradients) and not (isinstance(steps, DeviceStep) and self._lacks_momentum()):
             self._let_scale(steps, grad_scale, found_inf)
         elif steps:
-            self._clip._apply(gradients, steps)
-        self._clip._leave(gradients, steps)
+            self._pipeline.apply(gradients, steps)
+        self._pipeline.repeats.leave(gradients, steps)
+        self._first = gradients.first
 
     def _can_scale(self, gradients: Gradients) -> bool:
         """Return whether the optimizer takes one scale for all gradients."""
@@ -233,7 +238,7 @@ class _Hooks:
                 delattr(self._optimizer, name)
             else:
                 setattr(self._optimizer, name, before)
-        self._hidden, self._lent = [], []
+        self._hidden, self._lent, self._first = [], [], None
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

@@ -1,23 +1,15 @@
-"""The demo, on a text of its own and with very few steps: what it writes agrees with what it prints."""
+"""The demo, with few steps: what it writes agrees with what it prints, and it says what its figures say."""
 
 import csv
+import math
 import sys
 from itertools import product
-from math import inf
 
 import pytest
 import torch
 from autoclip_torch import demo
 from torch import nn
-
-TEXT = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(1500))
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
+from tqdm import tqdm
 
 
 def read(path):
@@ -25,9 +17,9 @@ def read(path):
         return list(csv.reader(file))
 
 
-def test_demo_writes_figure_data_and_table(text, tmp_path, capsys):
+def test_demo_writes_figure_data_and_table(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    demo.main([str(text), "--out", str(out), "--steps", "4"])
+    demo.main(["--out", str(out), "--steps", "12", "--seeds", "2"])
     printed = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["demo.png", "results.csv", "steps.csv"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -37,94 +29,127 @@ def test_demo_writes_figure_data_and_table(text, tmp_path, capsys):
     assert [row[:2] for row in results] == [list(pair) for pair in product(demo.ARMS, demo.LOSS_SCALES)]
     for row in [header, *results]:
         assert all(cell in printed for cell in row)
+    for row in results:
+        mean, lowest, highest = map(float, row[2:5])
+        assert lowest <= mean <= highest
 
     header, *steps = read(out / "steps.csv")
-    assert [row[:3] for row in steps] == [
-        [arm, scale, str(number)] for arm, scale in product(demo.ARMS, demo.LOSS_SCALES) for number in range(1, 5)
+    numbers = map(str, range(1, 13))
+    assert [row[:4] for row in steps] == [
+        list(row) for row in product(demo.ARMS, demo.LOSS_SCALES, ["0", "1"], list(numbers))
     ]
-    for arm, scale, number, norm, threshold, clipped, loss in steps:
-        assert clipped == str(int(float(norm) > float(threshold)))
-        assert 0.0 < float(loss) < 10.0
-        if number == "1":
-            # One start for all: before the first update only the unit differs.
-            assert float(norm) == pytest.approx(float(steps[4][3]) * demo.LOSS_SCALES[scale], rel=1e-4)
-            assert arm != "AutoClip p=10" or norm == threshold
+    first = {tuple(row[:3]): float(row[4]) for row in steps if row[3] == "1"}
+    for (_, scale, seed), norm in first.items():
+        # One start for all: before the first update only the unit differs.
+        assert norm == pytest.approx(first["no clipping", "1", seed] * demo.LOSS_SCALES[scale], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return demo.read_digits()
+
+
+def train(data, arm, **options):
+    settings = {"loss_scale": "1", "seed": 0, "learning_rate": 0.1, "spoiled_share": 0.0, "steps": 100, **options}
+    return demo.train(arm, data=data, **settings)
+
+
+def test_demo_learns_clean_digits_in_every_arm(data):
+    for arm in demo.ARMS:
+        run = train(data, arm, steps=150)
+        assert run.test < 0.6 < run.validation[0]
+        assert not any(run.spoiled)
+
+
+def test_demo_spoils_the_share_of_batches_that_it_says(data):
+    run = train(data, "AutoClip p=10", spoiled_share=0.2, steps=500)
+    assert sum(run.spoiled) == pytest.approx(100, abs=30)
+    norms = torch.tensor(run.norms)[:50]
+    assert norms[torch.tensor(run.spoiled[:50])].max() > 10 * norms[~torch.tensor(run.spoiled[:50])].max()
+
+
+def test_demo_shows_what_it_claims(data):
+    # Seed 0 has a spoiled batch among its first hundred.
+    for scale in demo.LOSS_SCALES:
+        spoiled = {"spoiled_share": demo.SPOILED_SHARE, "loss_scale": scale, "steps": 200}
+        assert train(data, "no clipping", **spoiled).test > 2.0
+        assert train(data, "AutoClip p=10", **spoiled).test < 0.5
+    assert train(data, "fixed threshold 1", **{**spoiled, "loss_scale": "1e-4"}).test > 2.0
 
 
 @pytest.mark.parametrize("norm", [0.5, 1.5])
-def test_demo_reports_what_each_arm_did(norm):
-    for arm, threshold in zip(demo.ARMS, (norm, demo.FIXED_THRESHOLD, inf), strict=True):
-        model = nn.Linear(1, 1)
-        model.weight.grad = torch.full((1, 1), norm)
-        assert demo.ARMS[arm](model)() == (norm, threshold, norm > threshold)
-        assert model.weight.grad.item() == pytest.approx(min(norm, threshold))
+@pytest.mark.parametrize(
+    ("arm", "threshold"),
+    [("no clipping", math.inf), ("fixed threshold 1", 1.0), ("AutoClip p=10", None), ("AutoClip p=90", None)],
+)
+def test_demo_reports_what_each_arm_did(arm, threshold, norm):
+    model = nn.Linear(1, 1, bias=False)
+    start = model.weight.item()
+    model.weight.grad = torch.full((1, 1), norm)
+    step = demo.ARMS[arm](torch.optim.SGD(model.parameters(), lr=1.0))
+    assert step() == (norm, norm if threshold is None else threshold)
+    assert start - model.weight.item() == pytest.approx(min(norm, threshold or norm), rel=1e-5)
 
 
-def test_demo_learns(text):
-    from tqdm import tqdm
+def test_demo_judges_on_digits_that_it_neither_learns_nor_chooses_by(data):
+    whole = torch.cat([part.images for part in data])
+    assert whole.shape == (1797, 64)
+    assert len(data.training.labels) > 3 * len(data.validation.labels)
+    assert len(whole.unique(dim=0)) > 1790  # a few of scikit-learn's digits are equal
 
-    data = demo.encode(demo.read_text(text))
+
+def test_demo_chooses_the_rate_with_the_lowest_validation_loss(data, monkeypatch):
+    losses = dict(zip(demo.LEARNING_RATES, (0.3, 0.2, math.nan, 0.1, 0.4), strict=True))
+    seen = []
+
+    def fake(arm, loss_scale, seed, data, *, learning_rate, spoiled_share, steps):
+        seen.append((arm, loss_scale, spoiled_share))
+        return demo.Run(arm, loss_scale, seed, [1.0], [1.0], [False], [losses[learning_rate]], 9.0)
+
+    monkeypatch.setattr(demo, "train", fake)
     with tqdm(disable=True) as progress:
-        run = demo.train(demo.Network(data.characters), "AutoClip p=10", "1", data, 30, progress)
-    assert run.loss < run.steps[-1].loss + 0.5 < run.steps[0].loss - 1.0
+        assert demo.choose_learning_rate(data, range(2), 1, progress) == 0.3
+    assert set(seen) == {("no clipping", "1", 0.0)}
 
 
-def test_demo_reads_a_folder_in_the_order_of_its_names(tmp_path, capsys):
-    (tmp_path / "b.txt").write_text("b" * 30_000)
-    (tmp_path / "a.txt").write_text("a" * 30_000)
-    (tmp_path / "c.bin").write_bytes(b"\xff" * 100)
-    assert demo.read_text(tmp_path) == "a" * 30_000 + "b" * 30_000
-    assert "60,000 characters" in capsys.readouterr().out
-
-
-def test_demo_finds_text_on_every_machine():
-    text = demo.read_text(None)
-    assert demo.MAX_CHARACTERS >= len(text) > 1_000_000
-    assert text == demo.read_text(None)
-
-
-def test_demo_validates_on_text_it_was_not_trained_on():
-    data = demo.encode("a" * 95_000 + "b" * 5_000)
-    assert data.training.unique().tolist() == [1]
-    assert data.validation.unique().tolist() == [0]
-    assert data.training.shape == (demo.STREAMS, 95_000 // demo.STREAMS)
-
-
-def make_runs(*losses):
-    pairs = product(demo.ARMS, demo.LOSS_SCALES)
-    step = demo.Step(norm=1.0, threshold=1.0, clipped=False, loss=3.0)
-    return [demo.Run(arm, scale, [step], loss) for (arm, scale), loss in zip(pairs, losses, strict=True)]
+def make_runs(losses):
+    return [
+        demo.Run(arm, scale, 0, [1.0], [2.0], [False], [1.0], loss)
+        for (arm, scale), loss in zip(product(demo.ARMS, demo.LOSS_SCALES), losses, strict=True)
+    ]
 
 
 def test_demo_says_what_the_figures_say():
-    better = " ".join(demo.interpret(make_runs(2.0, 2.01, 2.0, 2.0, 2.2, 2.1, 2.4, 2.4, 2.4)))
-    assert "AutoClip's rows are 0.010 bits apart, those of the fixed threshold 0.200" in better
-    assert "So one setting of AutoClip serves all three scales" in better
-    worse = " ".join(demo.interpret(make_runs(2.0, 2.3, 2.0, 2.0, 2.01, 1.9, 2.4, 2.4, 2.4)))
-    assert "does not tell the two apart" in worse
-    assert "fixed threshold 1 at loss scale 1e4" in worse
+    good = " ".join(demo.interpret(make_runs([2.3] * 3 + [2.3, 0.1, 2.3] + [0.2] * 3 + [0.3, 0.3, math.nan]), 0.1))
+    assert "no clipping: learns at no loss scale; test losses from 2.300 to 2.300" in good
+    assert "fixed threshold 1: learns at loss scale 1;" in good
+    assert "AutoClip p=10: learns at every loss scale" in good
+    assert "AutoClip p=90: learns at loss scale 1e-4 and 1;" in good
+    assert "The lowest test loss: fixed threshold 1 at loss scale 1, 0.100" in good
+    bad = " ".join(demo.interpret(make_runs([0.1] * 6 + [2.3] * 6), 0.1))
+    assert "no clipping: learns at every loss scale" in bad
+    assert "AutoClip p=10: learns at no loss scale" in bad
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [
-        (["absent.txt"], "There is no text at absent.txt"),
-        (["short.txt"], "There are 12 characters"),
-        (["short.txt", "--steps", "0"], "--steps"),
-        (["short.txt", "--steps", "many"], "--steps"),
-        (["--out", "short.txt"], "short.txt"),
-    ],
+    [(["--steps", "0"], "--steps"), (["--steps", "many"], "--steps"), (["--seeds", "0"], "--seeds")],
 )
-def test_demo_refuses_what_it_cannot_use(arguments, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "short.txt").write_text("only a line\n")
+def test_demo_refuses_what_it_cannot_use(arguments, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.main(arguments)
     assert stopped.value.code != 0
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure"])
+def test_demo_says_that_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "file")])
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib.figure", "sklearn.datasets"])
 def test_demo_names_the_extra_that_is_missing(module, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit):

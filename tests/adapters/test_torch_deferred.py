@@ -11,6 +11,7 @@ import pytest
 import torch
 from autoclip_torch import AutoClip, attach
 from autoclip_torch.deferred import MOST_PENDING, Pending
+from autoclip_torch.pipeline import Measured
 from torch import nn
 
 from autoclip_core import AutoClipError, NonFiniteNormError
@@ -76,7 +77,7 @@ def test_deferred_steps_are_those_of_the_host(options, late):
     for _, clips, steps, params in run(norms_of_a_run(count), makers):
         assert_same_steps(*steps)
         assert torch.equal(params[0].grad.nan_to_num(), params[1].grad.nan_to_num())
-        most = max(most, len(clips[0]._deferred._pending))
+        most = max(most, len(clips[0]._pipeline._deferred._pending))
     deferred, immediate = clips
     assert most == min(MOST_PENDING, options.get("window", MOST_PENDING))
     assert deferred.waits > 0
@@ -287,6 +288,6 @@ def test_cuda_never_waits(fused, scope):
 
 def test_deferred_needs_float64():
     with pytest.raises(AutoClipError, match="float64"):
-        AutoClip([nn.Parameter(torch.zeros(1))], mode="deferred")._decide_on_device(
-            type("Gradients", (), {"device": torch.device("mps")}), torch.zeros(1), None, None
+        AutoClip([nn.Parameter(torch.zeros(1))], mode="deferred")._pipeline.decide(
+            Measured(type("Gradients", (), {"device": torch.device("mps")}), torch.zeros(1))
         )

@@ -1,6 +1,7 @@
 """The choice of the backend: by name or not at all, and never in silence."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import autoclip_core
-from autoclip_core import AutoClip, BackendError, NormHistory, kernel_library
+from autoclip_core import AutoClip, AutoClipError, BackendError, NormHistory, kernel_error, kernel_library
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 WITHOUT = {
     "native": "import sys; sys.modules['autoclip_core._kernel'] = None\n",
@@ -80,7 +82,7 @@ except AutoClipValueError as error:
     assert f'"native", "numba" or None, but {name!r} was given' in run_python(code, AUTOCLIP_BACKEND=name)
 
 
-def test_court_does_not_sit_without_the_backend_that_is_demanded():
+def test_tests_do_not_run_without_the_backend_that_is_demanded():
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", str(HERE)]
     environment = os.environ | {"AUTOCLIP_BACKEND": "cuda"}
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
@@ -112,7 +114,7 @@ def test_sources_without_a_kernel_say_that_they_are_sources(run_python, tmp_path
     assert f"imported from its sources in {tmp_path}" in run_python(code)
 
 
-def test_numba_backend_serves_where_numba_does_not_compile(backend, other_backend, run_python):
+def test_numba_backend_works_where_numba_does_not_compile(backend, other_backend, run_python):
     # The switch is for debugging what uses Numba, of which AutoClip may be a small part. It is also how the coverage of
     # compiled functions is known: norms that come from all sides at first, and drift away then, go through all of them.
     code = """
@@ -134,22 +136,74 @@ print(int(history.rank(700.0)), history.to_bytes()[-8:])
     assert len(without.splitlines()) == 5
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there the user's cache is not named by the environment")
-def test_numba_backend_serves_where_its_code_cannot_be_kept(backend, other_backend, run_python, tmp_path):
-    copied = shutil.copytree(
-        Path(autoclip_core.__file__).parent, tmp_path / "autoclip_core", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    file = copied / "__pycache__"  # below a file nothing can be kept
-    file.touch()
-    code = f"""
-import sys, warnings
-sys.path.insert(0, {str(tmp_path)!r})
+# What numba compiles, it keeps on disk. The functions used here are few, for each process compiles them anew.
+KEEPING = """
+import warnings
 with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
     from autoclip_core import NormHistory
     history = NormHistory(backend="numba")
-history.push(2.0)
-print(history.values(), *[warning.message for warning in warned])
+    rank = history.rank(2.0)
+print(rank, *[warning.message for warning in warned])
 """
-    said = run_python(code, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=str(file), HOME=str(file))
-    assert said.startswith("[2.] The Numba backend will be compiled anew in every process")
+ANEW = "0 The Numba backend will be compiled anew in every process ("
+
+
+def test_numba_backend_keeps_what_it_compiles_and_repairs_what_is_damaged(backend, other_backend, run_python, tmp_path):
+    def run():
+        assert run_python(KEEPING, NUMBA_CACHE_DIR=str(tmp_path / "kept")) == "0\n"
+        return {file: file.read_bytes() for file in (tmp_path / "kept").rglob("*.nb?")}
+
+    kept = run()
+    assert {file.suffix for file in kept} == {".nbi", ".nbc"}
+    for file, content in kept.items():
+        file.write_bytes(content[: len(content) // 2])
+    assert {file: len(content) for file, content in run().items()} == {file: len(c) for file, c in kept.items()}
+    for file in kept:
+        file.write_bytes(b"" if file.suffix == ".nbc" else kept[file])
+    assert {file: len(content) for file, content in run().items()} == {file: len(c) for file, c in kept.items()}
+    times = {file: file.stat().st_mtime_ns for file in kept}
+    run()
+    assert {file: file.stat().st_mtime_ns for file in kept} == times
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits on the size of files")
+def test_numba_backend_works_where_the_disk_is_full(backend, other_backend, run_python, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    said = run_python(limit + KEEPING, NUMBA_CACHE_DIR=str(tmp_path))
+    assert said.startswith(ANEW)
     assert "set NUMBA_CACHE_DIR" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the user's cache is not named by the environment")
+def test_numba_backend_works_where_its_code_cannot_be_kept(backend, other_backend, run_python, tmp_path):
+    package = Path(autoclip_core.__file__).parent
+    copied = shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copied / "_numba/__pycache__"  # below a file nothing can be kept
+    file.touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{KEEPING}"
+    said = run_python(code, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=str(file), HOME=str(file))
+    assert said.startswith(ANEW)
+    assert "set NUMBA_CACHE_DIR" in said
+
+
+STATUSES = {
+    int(number): name
+    for name, number in re.findall(r"(AUTOCLIP_\w+) = (\d+)", (ROOT / "csrc/include/autoclip.h").read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("status", [status for status in STATUSES if status])
+def test_every_status_of_the_kernel_has_an_exception(status, backend, other_backend):
+    error = kernel_error(status)
+    assert str(error).endswith(".")
+    if STATUSES[status] == "AUTOCLIP_NO_MEMORY":
+        assert type(error) is MemoryError
+    else:
+        assert isinstance(error, AutoClipError)
+        # Only a caller that brings its own array can bring one that is too small.
+        assert (type(error) is AutoClipError) == (STATUSES[status] == "AUTOCLIP_TOO_SMALL")
+
+
+def test_number_that_is_no_status_is_an_error_too(backend, other_backend):
+    assert type(kernel_error(max(STATUSES) + 1)) is AutoClipError

@@ -37,7 +37,7 @@ def check_after(history, *changes):
 
 
 def test_check_names_every_broken_invariant(history):
-    from autoclip_core import _numba as n
+    from autoclip_core._numba import tree as n
 
     backend = history._backend
     facts, pool, ring = backend._state

@@ -1,5 +1,6 @@
 """Snapshots: the documented bytes, on every backend; and nothing else is ever taken for one."""
 
+import pickle
 import struct
 from hashlib import sha256
 from pathlib import Path
@@ -116,12 +117,40 @@ def test_snapshot_loads_as_the_same_history(count, window):
     loaded.check()
 
 
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_snapshot_loads_from_every_kind_of_bytes(kind):
-    snapshot = history_of([3.0, 1.0]).to_bytes()
+KINDS_OF_BYTES = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "memoryview": memoryview,
+    "pickle buffer": pickle.PickleBuffer,
+    "bytes of an array": lambda snapshot: np.frombuffer(snapshot, np.uint8),
+    "words": lambda snapshot: memoryview(snapshot).cast("Q"),
+    "every other byte": lambda snapshot: memoryview(np.repeat(np.frombuffer(snapshot, np.uint8), 2))[::2],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BYTES.values(), ids=KINDS_OF_BYTES)
+@pytest.mark.parametrize("window", [None, 2])
+def test_snapshot_loads_from_every_kind_of_bytes(kind, window):
+    snapshot = history_of([3.0, 1.0], window).to_bytes()
     given = kind(bytearray(snapshot))
     assert NormHistory.from_bytes(given).values().tolist() == [1.0, 3.0]
-    assert bytes(given) == snapshot
+    assert memoryview(given).tobytes() == snapshot
+
+
+def test_snapshot_may_travel_beside_the_pickle():
+    history = history_of(make_norms("log-normal", 1000))
+    beside = []
+    pickled = pickle.dumps(history, protocol=5, buffer_callback=beside.append)
+    assert len(pickled) < 200
+    assert [buffer.raw().tobytes() for buffer in beside] == [history.to_bytes()]
+    for buffers in (beside, [buffer.raw().tobytes() for buffer in beside], [bytearray(beside[0].raw())]):
+        assert pickle.loads(pickled, buffers=buffers).to_bytes() == history.to_bytes()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_history_is_pickled_by_every_protocol(protocol):
+    history = history_of(make_norms("log-normal", 1000), 300)
+    assert pickle.loads(pickle.dumps(history, protocol)).to_bytes() == history.to_bytes()
 
 
 def test_snapshot_made_by_hand_loads():

@@ -1,0 +1,247 @@
+"""The way of the gradients: measure, decide, apply.
+
+Every rule is the core's: gradients become norms (gradients.py), the norms of each group (groups.py) go to the core, and
+the core's scales become scaled gradients. On a CPU the host decides; on an accelerator it must not wait for a norm, so
+the device decides (deferred.py). Both ways of clipping hold a pipeline: by hand (clip.py), and inside the step of an
+optimizer (attach.py), which may apply a decision by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from math import hypot, inf, isfinite
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from autoclip_core import AutoClip, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_torch.deferred import Deferred, DeviceStep
+from autoclip_torch.gradients import Gradients
+from autoclip_torch.plateau import Plateau
+from autoclip_torch.repeats import Repeats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch.distributed import ProcessGroup
+
+    from autoclip_torch.groups import Groups
+
+Mode = Literal["auto", "immediate", "deferred"]
+
+_SHARE_OVER = 100  # steps
+_DEFERRED_BY_ITSELF = {"cuda", "xpu"}
+
+
+class Measured(NamedTuple):
+    """Gradients and the norm of each group, shape (groups,), unscaled."""
+
+    gradients: Gradients
+    norms: Tensor
+
+
+class Pipeline:
+    """What a step of AutoClip goes through, and what it remembers.
+
+    Args:
+        groups: the parameters.
+        percentile: as for autoclip_torch.AutoClip, like those below.
+        options: the other arguments of the core.
+        mode: "auto", "immediate" or "deferred".
+        process_group: the processes over which to add up norms.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        percentile: float,
+        options: dict[str, Any],
+        mode: Mode,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
+        if process_group is not None and groups.scope != "global":
+            raise AutoClipValueError('process_group adds up one norm of all parameters, so it needs scope="global".')
+        self.groups = groups
+        self.repeats = Repeats()
+        self._percentile = percentile
+        self._options = options
+        self._mode = mode
+        self._process_group = process_group
+        self._warned = False
+        self._plateau: Plateau | None = Plateau()  # None: it was found and said
+        self.replace({name: self.make_clip() for name in groups.by_name})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy waits for nothing, and its gradients are other tensors.
+        self.receive(wait=True)
+        return {**self.__dict__, "_deferred": None, "repeats": Repeats()}
+
+    def make_clip(self) -> AutoClip:
+        """Return a clip for one more group."""
+        return AutoClip(self._percentile, **self._options)
+
+    def replace(self, clips: dict[str, AutoClip]) -> None:
+        """Go on with other clips of the same groups, and forget all that was on its way."""
+        self._clips = clips
+        self._percentile = next(iter(clips.values())).percentile
+        self._deferred: Deferred | None = None
+        self.repeats.forget()
+        self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
+        self.clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)  # of the groups, at each step
+
+    @property
+    def percentile(self) -> float:
+        """The percentile of all groups."""
+        return self._percentile
+
+    @percentile.setter
+    def percentile(self, percentile: float) -> None:
+        for clip in self._clips.values():
+            clip.percentile = percentile
+            self._percentile = clip.percentile
+
+    @property
+    def clips(self) -> dict[str, AutoClip]:
+        """The clip of each group by its name; it knows every norm that was on its way."""
+        self.receive(wait=True)
+        return self._clips
+
+    @property
+    def waits(self) -> int:
+        """How often a deferred step had to wait for the device."""
+        return self._deferred.waits if self._deferred is not None else 0
+
+    def receive(self, *, wait: bool = False) -> None:
+        """Take in the norms that have arrived, or all of them."""
+        if self._deferred is not None:
+            self._deferred.receive(wait=wait)
+
+    def refresh(self) -> None:
+        """See which parameters an optimizer has now, and give new groups a history."""
+        if self.groups.refresh():
+            clips = self.clips
+            self._clips = {name: clips.get(name) or self.make_clip() for name in self.groups.by_name}
+            self._deferred = None
+
+    def measure(self, grad_scale: Tensor | None = None) -> Measured:
+        """Return the gradients as they are now, and their norms.
+
+        Args:
+            grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
+        """
+        self.refresh()
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group)
+        if gradients.first is None and not gradients.is_shared and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
+                "loss.backward() and zero_grad(), on the parameters that are trained.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if grad_scale is None:
+            return Measured(gradients, gradients.norms())
+        # A norm that is not unscaled yet may be beyond float32.
+        norms = gradients.norms() if gradients.device.type == "mps" else gradients.norms(torch.float64)
+        return Measured(gradients, norms / grad_scale.to(norms.device, non_blocking=True))
+
+    def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
+        """Decide for each group that has gradients.
+
+        Args:
+            measured: the gradients; on every rank, whatever it decides, because norms are added up over ranks.
+            found_inf: a GradScaler's verdict; after an overflow the step is not seen.
+
+        Returns:
+            A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
+        """
+        gradients, norms = measured
+        if self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF):
+            return self._decide_on_device(gradients, norms, found_inf)
+        if found_inf is not None and found_inf.item():
+            return {}
+        clips = list(self.clips.values())  # all norms are known: a model may have left its device
+        found = _found(norms.tolist())
+        if self.repeats.has(gradients, found):
+            return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
+        return self._observe(found)
+
+    def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
+        """Change the gradients as decided."""
+        if isinstance(steps, DeviceStep):
+            keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
+            gradients.scale_on_device_(steps.scale, keep)
+        elif is_dropped(steps):
+            gradients.zero_()
+        else:
+            gradients.scale_({index: step.scale for index, step in steps.items()})
+
+    def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
+        if self._deferred is None or self._deferred.device != gradients.device:
+            if gradients.device.type == "mps":
+                raise AutoClipValueError(
+                    'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
+                )
+            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
+        measured = norms = norms.double()
+        # What is not seen is handed on as a negative norm.
+        is_repeat = self.repeats.has_on_device(gradients, norms)
+        if is_repeat is not None:
+            norms = torch.where(is_repeat, -1.0, norms)
+        if found_inf is not None:
+            norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
+        return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
+
+    def _receive(self, norms: list[float], percentile: float) -> None:
+        """Take in the norms of a deferred step, and the percentile that it had."""
+        now = self._percentile
+        if percentile == now:
+            self._observe(_found(norms))
+            return
+        self.percentile = percentile
+        try:
+            self._observe(_found(norms))
+        finally:
+            self.percentile = now
+
+    def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
+        """Hand the norms of the groups that have one to the core."""
+        items = list(self._clips.items())
+        # A non-finite norm first: where it is an error, nothing else has been recorded yet.
+        order: Iterable[int] = norms
+        if not all(map(isfinite, norms.values())):
+            order = sorted(norms, key=lambda index: isfinite(norms[index]))
+        steps = {}
+        for index in order:
+            name, clip = items[index]
+            try:
+                steps[index] = clip.observe(norms[index])
+            except NonFiniteNormError as error:
+                if self.groups.scope != "global":
+                    error.add_note(f"It is the norm of the group {name!r}.")
+                raise
+        if steps:
+            self.latest = {items[index][0]: steps[index] for index in norms}
+            self.clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+            self._watch(hypot(*norms.values()))
+        return steps
+
+    def _watch(self, norm: float) -> None:
+        """See whether another clipper has had the gradients before."""
+        if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
+            self._plateau = None
+            warnings.warn(odd, RuntimeWarning, stacklevel=5)
+
+
+def is_dropped(steps: dict[int, ClipStep]) -> bool:
+    """Return whether the update must not be made: one group without a finite norm spoils it."""
+    return any(step.scale == 0.0 for step in steps.values())
+
+
+def _found(norms: list[float]) -> dict[int, float]:
+    """Return the norms by their groups, without those that no gradient has (NaN is found)."""
+    return {index: norm for index, norm in enumerate(norms) if not norm < 0.0}

@@ -1,0 +1,81 @@
+"""How functions are compiled, and where their code is kept.
+
+What shaped it:
+
+- No fastmath: the linear rule gives the bits of numpy.percentile only if each operation is rounded by itself.
+- Compiled code is kept on disk, in numba's cache: in `__pycache__` beside the file of the function, or, where that
+  cannot be written, in the user's cache directory, or in NUMBA_CACHE_DIR if that is set.
+- Kept code is thrown away when the file of its function changes, and no other file is looked at. So a compiled function
+  calls compiled functions of its own file only, and takes constants from its own file only.
+- A cache may cost time and no more: one that is damaged is made anew, and one that cannot be written gives a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import numba
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# Where NUMBA_DISABLE_JIT leaves functions to Python, there is no code to keep, and an intrinsic could not be called.
+_has_compiler = not numba.config.DISABLE_JIT  # type: ignore[attr-defined] # set when numba is imported
+
+_failures: list[Exception] = []
+
+
+def _cannot_keep(failure: Exception) -> None:
+    if not _failures:  # the first says it for all functions
+        warnings.warn(
+            f"The Numba backend will be compiled anew in every process ({failure}); set NUMBA_CACHE_DIR to a directory "
+            "that can be written.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _failures.append(failure)
+
+
+class _Cache(FunctionCache):
+    def load_overload(self, *key: Any) -> Any:
+        try:
+            return super().load_overload(*key)
+        except Exception:  # noqa: BLE001 - half a file may raise anything
+            with suppress(OSError):
+                self.flush()  # an empty index: numba will write all of it anew
+            return None
+
+    def save_overload(self, *code: Any) -> None:
+        try:
+            super().save_overload(*code)
+        except Exception as failure:  # noqa: BLE001 - no room, no right, or the half a file that could not be flushed
+            _cannot_keep(failure)
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile a function when it is called, once for all processes."""
+    made: Any = numba.njit(function)
+    if _has_compiler:
+        try:
+            made._cache = _Cache(function)
+        except (OSError, RuntimeError) as failure:
+            _cannot_keep(failure)
+    return made
+
+
+def _uncounted(_: Any, array: Any) -> Any:
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        view = context.make_array(array)(context, builder, arguments[0])
+        view.meminfo = view.meminfo.type(None)
+        return view._getvalue()
+
+    return array(array), generate
+
+
+# The same array without its reference count, which every inner call would move up and down by atomic instructions: they
+# took half the time of an observe. The caller in Python holds the array until the compiled function returns.
+uncounted: Any = intrinsic(_uncounted) if _has_compiler else lambda array: array

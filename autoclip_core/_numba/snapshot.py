@@ -1,0 +1,100 @@
+"""Bytes in, bytes out: the format is drawn in csrc/include/autoclip.h; here it is an array of 64-bit words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoclip_core import errors
+from autoclip_core._numba.compiler import compiled
+
+if TYPE_CHECKING:
+    from autoclip_core._numba.tree import Floats
+
+Words = NDArray[np.uint64]
+
+_MAGIC = int.from_bytes(b"\x89ACH\r\n\x1a\n", "little")
+_VERSION_1_0 = 64 << 32 | 0 << 16 | 1  # header length, minor, major
+_HEADER = 8  # words
+_HAS_WINDOW = 1
+
+# XXH64 with seed 0, for whole 64-bit words, after its published specification.
+
+PRIME_1 = np.uint64(0x9E3779B185EBCA87)
+PRIME_2 = np.uint64(0xC2B2AE3D27D4EB4F)
+PRIME_3 = np.uint64(0x165667B19E3779F9)
+PRIME_4 = np.uint64(0x85EBCA77C2B2AE63)
+PRIME_5 = np.uint64(0x27D4EB2F165667C5)
+
+
+@compiled
+def rotate(word: np.uint64, bits: np.uint64) -> np.uint64:
+    return (word << bits) | (word >> (np.uint64(64) - bits))
+
+
+@compiled
+def mix(lane: np.uint64, word: np.uint64) -> np.uint64:
+    return rotate(lane + word * PRIME_2, np.uint64(31)) * PRIME_1
+
+
+@compiled
+def checksum(words: Words) -> np.uint64:
+    zero = np.uint64(0)
+    code = PRIME_5
+    at = 0
+    if len(words) >= 4:
+        a, b, c, d = PRIME_1 + PRIME_2, PRIME_2, zero, zero - PRIME_1
+        while at + 4 <= len(words):
+            a = mix(a, words[at])
+            b = mix(b, words[at + 1])
+            c = mix(c, words[at + 2])
+            d = mix(d, words[at + 3])
+            at += 4
+        code = rotate(a, np.uint64(1)) + rotate(b, np.uint64(7)) + rotate(c, np.uint64(12)) + rotate(d, np.uint64(18))
+        for lane in (a, b, c, d):
+            code = (code ^ mix(zero, lane)) * PRIME_1 + PRIME_4
+    code += np.uint64(8 * len(words))
+    for i in range(at, len(words)):
+        code = rotate(code ^ mix(zero, words[i]), np.uint64(27)) * PRIME_1 + PRIME_4
+    code = (code ^ (code >> np.uint64(33))) * PRIME_2
+    code = (code ^ (code >> np.uint64(29))) * PRIME_3
+    return code ^ (code >> np.uint64(32))
+
+
+def dump(norms: Floats, window: int | None) -> bytes:
+    """The snapshot of these norms: in order of age if there is a window, else ascending."""
+    flags = 0 if window is None else _HAS_WINDOW
+    words = norms.view(np.uint64)
+    header = np.array([_MAGIC, _VERSION_1_0, flags, len(norms), window or 0, 0, 0], np.uint64)
+    codes = np.array([checksum(header), checksum(words)], np.uint64)
+    return b"".join(part.astype("<u8", copy=False).data for part in (header, codes[:1], words, codes[1:]))
+
+
+def load(made: bytes | memoryview) -> tuple[Floats, int | None]:
+    """The norms of a snapshot and its window; the opposite of `dump`."""
+
+    def refuse() -> NoReturn:
+        raise errors.bad_snapshot(len(made))
+
+    if len(made) < 8 * (_HEADER + 1):
+        refuse()
+    header = np.frombuffer(made, "<u8", _HEADER).astype(np.uint64)
+    magic, version, flags, count, window, *zeros, code = header.tolist()
+    if magic != _MAGIC or code != checksum(header[:-1]):
+        refuse()
+    if version & 0xFFFF > _VERSION_1_0 & 0xFFFF:
+        raise errors.new_snapshot()
+    has_known_form = version & ~0xFFFF0000 == _VERSION_1_0 and not any(zeros)  # whatever the minor version
+    has_sound_window = flags == (_HAS_WINDOW if window else 0) and (not window or count <= window)
+    if not has_known_form or not has_sound_window or len(made) != 8 * (_HEADER + count + 1):
+        refuse()
+    words = np.frombuffer(made, "<u8", offset=8 * _HEADER).astype(np.uint64)
+    if words[-1] != checksum(words[:-1]):
+        refuse()
+    norms = words[:-1].view(np.float64)
+    if not np.isfinite(norms).all() or not (window or (norms[:-1] <= norms[1:]).all()):
+        refuse()
+    norms += 0.0  # without -0.0
+    return norms, window or None
