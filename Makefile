@@ -92,8 +92,8 @@ c-msan c-fuzz: c-%: .venv/test
 
 # From Debian: gcovr.
 coverage: c-coverage
-	python tests/c/coverage.py build/coverage
-	python -P tests/python_coverage.py
+	python tests/programs/c_coverage.py build/coverage
+	python -P tests/programs/python_coverage.py
 
 c-coverage: .venv/test
 	find build/coverage -name '*.gcda' -delete 2>/dev/null || true
@@ -101,7 +101,7 @@ c-coverage: .venv/test
 
 # From Debian: valgrind, and what c-fuzz and coverage need.
 soak: .venv/test
-	AUTOCLIP_BACKEND=native python -P tests/soak.py $(SOAK)
+	AUTOCLIP_BACKEND=native python -P tests/programs/soak.py $(SOAK)
 
 python: .venv/test
 	AUTOCLIP_BACKEND=native pytest

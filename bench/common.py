@@ -54,7 +54,7 @@ def parser(docstring: str | None, rounds: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(docstring or "").partition("\n")[0])
     made.add_argument("--quick", action="store_true", help="tiny sizes, and the results in a temporary folder")
     made.add_argument("--rounds", type=int, default=None, help=f"rounds per measurement (default {rounds}, quick 3)")
-    made.add_argument("--output", type=Path, default=None, help="folder of the results (default bench/results)")
+    made.add_argument("--output", type=Path, default=None, help="folder of the results (default bench/results/REPORT)")
     made.set_defaults(usual_rounds=rounds)
     return made
 
@@ -64,7 +64,8 @@ def parse(arguments: argparse.ArgumentParser) -> Options:
     options = arguments.parse_args(namespace=Options())
     options.rounds = options.rounds or (3 if options.quick else options.usual_rounds)
     if options.output is None:
-        options.output = Path(tempfile.mkdtemp(prefix="autoclip-bench-")) if options.quick else RESULTS
+        report = arguments.prog.rpartition(" ")[2]  # of `python -m bench REPORT`
+        options.output = Path(tempfile.mkdtemp(prefix="autoclip-bench-")) if options.quick else RESULTS / report
     options.output.mkdir(parents=True, exist_ok=True)
     return options
 

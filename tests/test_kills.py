@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from .kills import survive
+from .programs.kills import survive
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax", "keras"])

@@ -11,7 +11,7 @@ def test_mutants_of_a_sample_die(backend, absent):
         absent("needs a C compiler")
     if backend != "native":
         pytest.skip("mutants choose the backend themselves")
-    from .mutation import campaign, report
+    from .programs.mutation import campaign, report
 
     judged, survived = campaign(10, seed=3)
     print("\n".join(report(judged, survived)))

@@ -543,9 +543,9 @@ def test_command_refuses_what_it_cannot_use(arguments, says, tmp_path, monkeypat
     assert says in f"{stopped.value}{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("folder", ["results", "results/separation_cost", "results/separation_long"])
+@pytest.mark.parametrize("folder", ["separation", "separation_cost", "separation_long"])
 def test_committed_page_is_what_its_cells_and_settings_give(folder):
-    results = ROOT / "bench" / folder
+    results = ROOT / "bench/results" / folder
     begun = json.loads((results / "separation.json").read_text("utf-8"))
     cells = table.read_cells(results / "separation.csv")
     page = table.report(cells, Settings(**begun["settings"]), begun["machine"])

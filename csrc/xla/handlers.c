@@ -119,7 +119,7 @@ xla_error *autoclip_xla_tree(xla_call *call) {
     const autoclip_status status =
         autoclip_tree_observe(id, step, &last, norm, sum(call->operands.buffers[3]), &threshold);
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
-    *(uint32_t *)result(call, 0) = step + isfinite(norm);
+    *(uint32_t *)result(call, 0) = isfinite(norm) ? step + 1 : step;
     *(float *)result(call, 1) = last;
     *(float *)result(call, 2) = threshold;
     return NULL;

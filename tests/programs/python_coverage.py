@@ -1,7 +1,7 @@
 """The tests reach at least 95 % of the lines of each Python package; its branches are counted beside them.
 
-    python -P tests/python_coverage.py           runs the tests, some twenty minutes, then counts
-    python -P tests/python_coverage.py --count   counts again what was reached last time
+    python -P tests/programs/python_coverage.py           runs the tests, some twenty minutes, then counts
+    python -P tests/programs/python_coverage.py --count   counts again what was reached last time
 
 What may not change:
 
@@ -25,7 +25,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = ROOT / "build/python-coverage"
 LEAST = 0.95
 
@@ -46,7 +46,7 @@ def check_installed():
     """What is installed must be these sources: their lines are named."""
     for package, folder in PACKAGES.items():
         installed = Path(find_spec(package).origin).parent
-        names = [file.name for file in (ROOT / folder).glob("*.py")]
+        names = [str(file.relative_to(ROOT / folder)) for file in (ROOT / folder).rglob("*.py")]
         if filecmp.cmpfiles(ROOT / folder, installed, names, shallow=False)[0] != names:
             sys.exit(f"{installed} is not what {ROOT / folder} is; install it again.")
 
@@ -77,7 +77,7 @@ def measure():
     totals, missed = {}, []
     for package, folder in PACKAGES.items():
         counts = [0] * 4
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             name = file.relative_to(ROOT).as_posix()
             found = report[name]  # a file that was never measured is an error
             keys = ("num_statements", "covered_lines", "num_branches", "covered_branches")

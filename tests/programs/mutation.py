@@ -1,10 +1,11 @@
 """Small faults put into the kernel and the core, one at a time: the tests must notice.
 
-    python -P tests/mutation.py --count 220
+    python -P tests/programs/mutation.py --count 220
 
 A mutant is a changed operator or constant, a swapped condition, a statement left out. Those of the kernel are judged by
 the C tests, with tiny nodes, with the real ones, and under ASan and UBSan; those of the core by the Python tests, in a
-copy of the installed package. The same seed gives the same mutants, but for those of lines that were edited.
+copy of the installed package. The same seed gives the same mutants, but for those of lines that were edited. What no
+test can tell from the original is named in register.toml.
 
 Judging is quick because most mutants die at once: the tests that know a file best go first, and the rest are run only
 for what survives them.
@@ -24,21 +25,27 @@ import sys
 import tempfile
 import time
 import tokenize
+import tomllib
 from collections import Counter
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KERNEL = ROOT / "csrc/src"
 CORE = ROOT / "autoclip_core"
+REGISTER = tomllib.loads((Path(__file__).parent / "register.toml").read_text(encoding="utf-8"))
 
 # The tests that know a file of the core best.
 KNOWN_BY = {
     "_backend.py": "test_backend",
     "_native.py": "test_history test_bad_input test_memory",
-    "_numba.py": "test_check test_history test_percentile test_snapshot test_model",
+    "_numba/check.py": "test_check",
+    "_numba/compiler.py": "test_backend",
+    "_numba/history.py": "test_history test_memory test_snapshot test_model",
+    "_numba/snapshot.py": "test_snapshot",
+    "_numba/tree.py": "test_check test_history test_percentile test_snapshot test_model",
     "__main__.py": "test_command_line",
     "arrays.py": "test_arrays",
     "clip.py": "test_clip test_state test_bad_input",
@@ -62,98 +69,6 @@ WRAPS = (
     if sys.platform == "linux"
     else ()
 )
-
-# Lines of which no mutants are made, for no answer depends on them: the file, the beginning of the line, and why.
-EXCLUDED = [
-    ("_numba.py", "if len(norms) <= len(self) // 4:", "whether to insert norms or to build anew"),
-    ("_numba.py", "enough = capacity - 2", "how full nodes become before they are split"),
-    ("check.c", "bits = (bits ^ bits >>", "how well a mark mixes: two sets share one by a chance of 2^-64"),
-    ("check.c", "return bits ^ bits >>", "how well a mark mixes"),
-    ("history.c", "if (iterator->leaf.next != NULL) prefetch(", "a prefetch"),
-    ("history.c", "if (new_capacity > SIZE_MAX", "a norm for every byte of the address space"),
-    ("history.c", "if (more > UINT64_MAX", "the caller's own array would be larger than the address space"),
-    ("history.c", "if (size > SIZE_MAX", "only where addresses have 32 bits, and then at 4 GB of norms"),
-    ("history.c", "history->buffered_before", "where the next search begins"),
-    ("history.c", "} else if (!in_leaf(history, rank - near - 1)) {", "whether a search gallops or descends"),
-    ("history.c", "for (size_t step = 1; low + step <= high; step *= 2) {", "how fast a search gallops"),
-    ("history.c", "if (count > history->tree.size / 4) return rebuild(", "whether to insert norms or to build anew"),
-    ("history.c", "if (count > HISTORY_BUFFER && count > history_size", "whether to insert norms or to build anew"),
-    ("history.c", "enum { FIRST = 8 };", "how fast arrays grow"),
-    ("history.c", "uint64_t grown = capacity < FIRST / 2", "how fast arrays grow"),
-    ("history.c", "double block[64];", "how many norms are merged at a time"),
-    ("history.py", "array = ordered", "the backend sorts what is not sorted"),
-    ("memory.c", "(void)madvise(", "advice on huge pages"),
-    ("memory.c", "if (size >= HUGE_PAGE)", "which blocks get huge pages"),
-    ("ostree.c", "prefetch(", "a prefetch"),
-    ("ostree.c", "if (level > 1) {", "what is prefetched"),
-    ("ostree.c", "if (level == 1) leaf.next =", "the leaf to prefetch"),
-    ("ostree.c", "const size_t enough =", "how full nodes become before they are split"),
-    ("ostree.c", "enum { TOGETHER = 12 };", "how many keys descend side by side"),
-    ("ostree.c", "enum { MIN_SLOTS = 2, SHARE = 32 };", "how fast the pool grows"),
-    ("ostree.c", "if (slots > (SIZE_MAX / 2", "nodes for half the address space"),
-    ("ostree.h", "OSTREE_MAX_HEIGHT = 64", "more levels than any memory holds"),
-    ("ostree.h", "for (size_t at = 0; at < bytes; at += OSTREE_ALIGNMENT) __builtin_prefetch", "a prefetch"),
-    ("shared.c", "enum { FIRST_BLOCK = 64, BLOCKS = 26 };", "how fast the table grows, up to 2^32 histories"),
-    ("shared.c", "if (table.block_count == BLOCKS)", "2^32 histories at once"),
-    ("shared.c", "const bool reusable =", "2^31 histories in one place, one after the other"),
-    ("snapshot.c", "double block[128];", "how many norms are written at a time"),
-    ("sort.c", "SMALL = 16,", "from how many keys on they are dealt out"),
-    ("sort.c", "OUTER_BITS = 12,", "into how many ranges"),
-    ("sort.c", "INNER_BITS = 10,", "into how many ranges"),
-]
-
-# Single mutants that are judged, but that no test can tell from the original: the file, the function, the beginning of
-# the mutant, and why.
-EQUIVALENT = [
-    (
-        "_numba.py",
-        "_pool_for",
-        "needed = min(more * int(facts[HEIGHT] + [3 -> 4])",
-        "more rows promised than are needed",
-    ),
-    (
-        "_numba.py",
-        "make_room",
-        "if has_left and child_size(links, parent, at - 1, level) [<= -> <]",
-        "how full nodes become",
-    ),
-    ("_native.py", "oldest", "_expect_ok(status, rank=count [- -> +] 1", "only if another thread clears it just then"),
-    ("history.c", "all_finite", "uint64_t carries = [0 -> 1];", "the last bit is not looked at"),
-    ("history.c", "autoclip_history_read", "iterator->array_left [-= -> +=] part;", "not asked any more"),
-    ("history.c", "find_buffered_before", "[high = near; -> ;]", "a longer gallop"),
-    ("history.c", "recall_oldest", "uint64_t count = HISTORY_BUFFER / [2 -> 3]", "how many are recalled at a time"),
-    ("history.c", "trim_buffer", "if (history->buffer_capacity [<= -> <] HISTORY_BUFFER)", "a copy of the same size"),
-    (
-        "ostree.c",
-        "pool_reserve",
-        "const uintptr_t padding = (OSTREE_ALIGNMENT - end_of_header [% -> +]",
-        "the same number",
-    ),
-    (
-        "ostree.c",
-        "pool_reserve",
-        "for (; tree->fresh_count > 0; tree->fresh_count -= 1) pool_give(tree, tree->fresh_nodes[++",
-        "never more than one is left over",
-    ),
-    ("ostree.c", "autoclip_tree_locate", "if (next + others_size [> -> >=] rank", "where equal, what follows is false"),
-    ("ostree.c", "autoclip_tree_locate", "[if (min != NULL) leaf.others_low", "a wider bound, a longer search"),
-    ("ostree.c", "autoclip_tree_locate", "[if (next_min != NULL) leaf.others_high", "a wider bound, a longer search"),
-    ("ostree.c", "make_room", "if (has_left && child_size(parent, at - 1, level) [<= -> <]", "how full nodes become"),
-    ("ostree.c", "drop_right_edge", "for (; level [<= -> <] tree->height", "the root never has one entry here"),
-    ("ostree.c", "drop_right_edge", "for (unsigned above = level [+ -> -] 1;", "counts in nodes that are free by then"),
-    (
-        "ostree.c",
-        "erase_from_leaf",
-        "if (child_size(parent, entry, level) >= capacity / 2 || parent->size == 1) [break -> continue]",
-        "the nodes above lack nothing either",
-    ),
-    ("ostree.c", "erase_from_leaf", "bool same_nodes = [true -> false];", "one more descent"),
-    ("shared.c", "take_place", "[lock_init(&places[i].lock); -> ;]", "a mutex of zeros is one, where this runs"),
-    ("snapshot.c", "autoclip_history_save", "put(header + AT_MINOR, [2 -> 3]", "the next field is written over it"),
-    ("snapshot.c", "checksum_end", "if (sum->size > [0 -> 1])", "whole stripes: 0, or 32 at least"),
-    ("sort.c", "autoclip_sort", "if [(ends[at] - start > SMALL) -> (!(", "insertion sorts as well, and slower"),
-    ("sort.c", "autoclip_sorted_copy", "size_t ends[[1 -> 2] << OUTER_BITS]", "twice the room"),
-]
 
 SWAPS = {
     "<": "<=",
@@ -197,8 +112,12 @@ class Mutant(NamedTuple):
     text: str  # in place of source[start:end]
 
     @property
+    def name(self):
+        return self.file.relative_to(ROOT).as_posix()
+
+    @property
     def kind(self):
-        return "kernel" if self.file.suffix != ".py" else "Numba" if self.file.name == "_numba.py" else "core"
+        return "kernel" if self.file.suffix != ".py" else "Numba" if self.file.parent.name == "_numba" else "core"
 
     def apply(self):
         source = source_of(self.file)
@@ -224,7 +143,7 @@ class Mutant(NamedTuple):
 
     def __str__(self):
         line = source_of(self.file).count("\n", 0, self.start) + 1
-        return f"{self.file.name}:{line}, {self.within()}: {self.change()}"
+        return f"{self.name}:{line}, {self.within()}: {self.change()}"
 
 
 @cache
@@ -264,6 +183,8 @@ def mutants_of_c(file):
         if match[0] in SWAPS and match.start() - 1 not in choices:
             yield Mutant(file, *match.span(), SWAPS[match[0]])
     for match in re.finditer(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])", code):
+        if re.fullmatch(r" +(?:\w+ )+\w+\[[^]=]*", code[code.rfind("\n", 0, match.start()) + 1 : match.start()]):
+            continue  # the size of an array: one place more does no harm
         yield Mutant(file, *match.span(), number_after(match[0]))
     for match in re.finditer(r"\bif (?=\()", code):
         end, depth = match.end(), 0
@@ -313,20 +234,25 @@ def mutants_of_python(file):
 
 
 def every_mutant():
-    """All that can be made, less those of EXCLUDED lines."""
+    """All that can be made, less those of lines that the register leaves out."""
     made = [mutant for file in sorted(KERNEL.glob("*.[ch]")) for mutant in mutants_of_c(file)]
     made += [mutant for name in KNOWN_BY for mutant in mutants_of_python(CORE / name)]
-    for file, beginning, _ in EXCLUDED:
-        kept = [mutant for mutant in made if mutant.file.name != file or not mutant.line().startswith(beginning)]
-        assert len(kept) < len(made), f"excluded, but not there: {file}: {beginning}"
+    for line in REGISTER["line"]:
+        if line.get("mutants", True):
+            continue
+        kept = [
+            mutant for mutant in made if mutant.name != line["file"] or not mutant.line().startswith(line["begins"])
+        ]
+        assert len(kept) < len(made), f"left out, but not there: {line}"
         made = kept
-    for entry in EQUIVALENT:
-        assert any(fits(entry, mutant) for mutant in made), f"equivalent, but not there: {entry[:3]}"
+    for entry in REGISTER["mutant"]:
+        assert any(fits(entry, mutant) for mutant in made), f"equivalent, but not there: {entry}"
     return made
 
 
 def fits(entry, mutant):
-    return (mutant.file.name, mutant.within()) == entry[:2] and mutant.change().startswith(entry[2])
+    named = (mutant.name, mutant.within()) == (entry["file"], entry["function"])
+    return named and mutant.change().startswith(entry["change"])
 
 
 def mutants(count, seed=0):
@@ -336,7 +262,7 @@ def mutants(count, seed=0):
     seen = Counter()
     lots = {}
     for mutant in every_mutant():
-        name = f"{mutant.file.name} {mutant.within()} {mutant.change()}"
+        name = f"{mutant.name} {mutant.within()} {mutant.change()}"
         seen[name] += 1
         lots[mutant] = random.Random(f"{seed} {name} {seen[name]}").random()  # noqa: S311 - whatever the others are
     drawn = sorted(lots, key=lots.get)
@@ -406,7 +332,7 @@ class Build:
         )
 
 
-class KernelCourt:
+class KernelTests:
     """The C tests in each build, one after the other."""
 
     def __init__(self, folder):
@@ -434,7 +360,7 @@ class KernelCourt:
         return True
 
 
-class CoreCourt:
+class CoreTests:
     """The Python tests on a copy of the installed core: those that know a file, then all."""
 
     def __init__(self, folder):
@@ -447,7 +373,7 @@ class CoreCourt:
     def commands(self, mutant):
         """What is run one after the other, as long as the mutant survives."""
         numba = mutant.kind == "Numba"
-        known = [f"tests/core/{name}.py" for name in KNOWN_BY[mutant.file.name].split()]
+        known = [f"tests/core/{name}.py" for name in KNOWN_BY[mutant.file.relative_to(CORE).as_posix()].split()]
         for tests, chosen in (
             (known, "not tensorboard and not backends and not in_the_other"),
             (["tests/core"], "not command_line and not replay and not plot and not arrays" if numba else ""),
@@ -460,7 +386,7 @@ class CoreCourt:
             compile(mutant.apply(), mutant.file.name, "exec")
         except SyntaxError:
             return None
-        changed = self.copy / mutant.file.name
+        changed = self.copy / mutant.file.relative_to(CORE)
         backend = "numba" if mutant.kind == "Numba" else "native"
         site = {"PYTHONPATH": str(self.copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "AUTOCLIP_BACKEND": backend}
         options = {"cwd": ROOT, "env": os.environ | site}
@@ -481,7 +407,7 @@ def campaign(count, seed=0, say=lambda line: None):
     """The mutants that were judged, and those of them that survived; what does not compile is no mutant."""
     judged, survived = [], []
     with tempfile.TemporaryDirectory() as folder:
-        kernel, core = KernelCourt(Path(folder)), CoreCourt(Path(folder))
+        kernel, core = KernelTests(Path(folder)), CoreTests(Path(folder))
         for mutant in mutants(count, seed):
             began = time.monotonic()
             verdict = (kernel if mutant.kind == "kernel" else core).survives(mutant)
@@ -495,7 +421,7 @@ def campaign(count, seed=0, say=lambda line: None):
 
 def reason_of(mutant):
     """Why no test can tell this mutant from the original; None if nobody has said."""
-    return next((entry[3] for entry in EQUIVALENT if fits(entry, mutant)), None)
+    return next((entry["why"] for entry in REGISTER["mutant"] if fits(entry, mutant)), None)
 
 
 def report(judged, survived):

@@ -1,7 +1,7 @@
-"""The long forms of the tests, and the figures that they give: bench/results/soak.md.
+"""The long forms of the tests, and the figures that they give: bench/results/soak/soak.md.
 
-    python -P tests/soak.py                  everything, one part after the other: most of a day
-    python -P tests/soak.py fuzz kills       some of it; the figures of the other parts stay as they are
+    python -P tests/programs/soak.py                  everything, one part after the other: most of a day
+    python -P tests/programs/soak.py fuzz kills       some of it; the figures of the other parts stay as they are
 
 A part that finds a fault ends the run with exit status 1, and its figures stay those of its last good run. Processor
 time is told beside the time on the clock: the machine may have been shared.
@@ -20,15 +20,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = Path(__file__).resolve().parent
+ROOT = PROGRAMS.parent.parent
 RESULTS = ROOT / "bench/results"
-sys.path += [str(ROOT), str(ROOT / "tests")]  # behind what is installed
+sys.path += [str(ROOT), str(PROGRAMS)]  # behind what is installed
 
 from bench.common import facts_table, machine_facts, replace, say, table  # noqa: E402
 
 OPENING = """\
 What `make soak` counted when each part ran last; `make test` runs the same in short. How a promise is tested, and by
-what command, is in [tests/RELIABILITY.md](../../tests/RELIABILITY.md). None of these runs found a fault."""
+what command, is in [tests/RELIABILITY.md](../../../tests/RELIABILITY.md). None of these runs found a fault."""
 
 
 class FaultError(Exception):
@@ -153,7 +154,7 @@ def threads(options):
 def load(_):
     """A billion steps through a window, a hundred million without one, in one process: load.md has it all."""
     run(sys.executable, "-m", "bench", "load")
-    with (RESULTS / "load.csv").open(newline="", encoding="utf-8") as file:
+    with (RESULTS / "load/load.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figures = []
     for name in dict.fromkeys(row["history"] for row in rows):
@@ -184,7 +185,7 @@ def mutants(options):
         raise FaultError("\n".join([f"{len(survived)} of {len(judged)} survived", *map(str, unexplained or survived)]))
     killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
     figures = [(kind, f"{killed[kind]} of {count} killed") for kind, count in Counter(m.kind for m in judged).items()]
-    return [*figures, ("survivors, each with its reason in tests/mutation.py", f"{len(survived)}")]
+    return [*figures, ("survivors, each with its reason in tests/programs/register.toml", f"{len(survived)}")]
 
 
 PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads, load)}
@@ -216,7 +217,7 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    path = RESULTS / "soak.json"
+    path = RESULTS / "soak/soak.json"
     for name in options.parts or PARTS:
         say(f"{name}: {PARTS[name].__doc__}")
         facts, began = machine_facts(), time.monotonic()

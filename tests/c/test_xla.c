@@ -1,0 +1,300 @@
+/* The entry points for XLA, called as XLA calls them: through a call frame that is built here by hand.
+ *
+ * SPDX-License-Identifier: MIT */
+#include "arrays.h"
+
+#include "../../csrc/xla/ffi.h"
+
+xla_error *autoclip_xla_window(xla_call *call);
+xla_error *autoclip_xla_tree(xla_call *call);
+
+typedef xla_error *handler(xla_call *call);
+
+/* --- The part of XLA ---------------------------------------------------------------------------------------------- */
+
+struct xla_error {
+    int code;
+    char message[200];
+};
+
+static xla_error raised;
+
+static xla_error *create_error(xla_error_arguments *arguments) {
+    REQUIRE(arguments->struct_size == sizeof *arguments, "struct_size is %zu", arguments->struct_size);
+    raised.code = arguments->code;
+    (void)snprintf(raised.message, sizeof raised.message, "%s", arguments->message);
+    return &raised;
+}
+
+enum { OPERANDS = 4, RESULTS = 3, RANK = 2 };
+
+typedef struct frame {
+    xla_api api;
+    xla_call call;
+    xla_buffer buffers[OPERANDS + RESULTS];
+    xla_buffer *operands[OPERANDS];
+    xla_buffer *results[RESULTS];
+    int64_t sizes[OPERANDS + RESULTS][RANK];
+    xla_scalar attribute;
+    int64_t history;
+    int kind;
+    void *value;
+} frame;
+
+static xla_buffer buffer_of(int type, void *data, int64_t rank, int64_t *sizes) {
+    return (xla_buffer){.struct_size = sizeof(xla_buffer), .type = type, .data = data, .rank = rank, .sizes = sizes};
+}
+
+static void frame_create(frame *own, int64_t results) {
+    memset(own, 0, sizeof *own);
+    own->api = (xla_api){.struct_size = sizeof own->api, .create_error = create_error};
+    own->call = (xla_call){.struct_size = sizeof own->call, .api = &own->api};
+    for (int i = 0; i < OPERANDS; ++i) own->operands[i] = &own->buffers[i];
+    for (int i = 0; i < RESULTS; ++i) own->results[i] = &own->buffers[OPERANDS + i];
+    own->call.operands = (xla_buffers){.count = OPERANDS, .buffers = own->operands};
+    own->call.results = (xla_buffers){.count = results, .buffers = own->results};
+}
+
+static void frame_set(frame *own, int at, int type, void *data, int64_t rank, int64_t first, int64_t second) {
+    own->sizes[at][0] = first;
+    own->sizes[at][1] = second;
+    own->buffers[at] = buffer_of(type, data, rank, own->sizes[at]);
+}
+
+/* norms f32[2,N], recorded s32, norm f32, percentile -> norms, threshold */
+static void window_frame(frame *own, float *norms, int64_t window, int32_t *recorded, float *norm, double *percentile,
+                         float *after, float *threshold) {
+    frame_create(own, 2);
+    frame_set(own, 0, XLA_F32, norms, 2, 2, window);
+    frame_set(own, 1, XLA_S32, recorded, 0, 0, 0);
+    frame_set(own, 2, XLA_F32, norm, 0, 0, 0);
+    frame_set(own, 3, XLA_F64, percentile, 1, 1, 0);
+    frame_set(own, 4, XLA_F32, after, 2, 2, window);
+    frame_set(own, 5, XLA_F32, threshold, 0, 0, 0);
+}
+
+/* step s32, last f32[1], norm f32, percentile; attribute `history` s64 -> step, last, threshold */
+static void tree_frame(frame *own, uint64_t history, int32_t *step, float *last, float *norm, double *percentile,
+                       int32_t *step_after, float *last_after, float *threshold) {
+    frame_create(own, 3);
+    frame_set(own, 0, XLA_S32, step, 0, 0, 0);
+    frame_set(own, 1, XLA_F32, last, 1, 1, 0);
+    frame_set(own, 2, XLA_F32, norm, 0, 0, 0);
+    frame_set(own, 3, XLA_F64, percentile, 1, 1, 0);
+    frame_set(own, 4, XLA_S32, step_after, 0, 0, 0);
+    frame_set(own, 5, XLA_F32, last_after, 1, 1, 0);
+    frame_set(own, 6, XLA_F32, threshold, 0, 0, 0);
+    own->history = (int64_t)history;
+    own->kind = XLA_SCALAR_ATTRIBUTE;
+    own->attribute = (xla_scalar){.type = XLA_S64, .value = &own->history};
+    own->value = &own->attribute;
+    own->call.attributes = (xla_attributes){.count = 1, .kinds = &own->kind, .values = &own->value};
+}
+
+static void require_refused(handler *call_it, xla_call *call, int code, const char *message) {
+    REQUIRE(call_it(call) == &raised, "the call was not refused");
+    REQUIRE(raised.code == code, "the code is %d and not %d", raised.code, code);
+    REQUIRE(strstr(raised.message, message) != NULL, "the message is '%s'", raised.message);
+}
+
+/* --- Tests -------------------------------------------------------------------------------------------------------- */
+
+static void test_handlers_say_for_which_version_they_were_made(void) {
+    handler *const handlers[] = {autoclip_xla_window, autoclip_xla_tree};
+    for (size_t i = 0; i < 2; ++i) {
+        xla_metadata metadata = {.struct_size = sizeof metadata, .version = {.major = 77, .minor = 77}};
+        xla_metadata_extension extension = {
+            .extension = {.struct_size = sizeof extension, .type = XLA_EXTENSION_METADATA}, .metadata = &metadata};
+        xla_call call = {.struct_size = sizeof call, .extensions = &extension.extension};
+        REQUIRE(handlers[i](&call) == NULL, "the question was refused");
+        REQUIRE(metadata.version.major == XLA_MAJOR && metadata.version.minor == XLA_MINOR, "the version is %d.%d",
+                metadata.version.major, metadata.version.minor);
+        /* Another extension asks nothing: the call is one, and here a bad one. */
+        frame own;
+        frame_create(&own, 0);
+        extension.extension.type = XLA_EXTENSION_METADATA + 1;
+        own.call.extensions = &extension.extension;
+        require_refused(handlers[i], &own.call, XLA_INVALID_ARGUMENT, "bad call");
+    }
+}
+
+static void test_window_of_a_program_is_that_of_the_model(void) {
+    enum { WINDOW = 7 };
+    source from = {.state = 1};
+    for (int way = 0; way < 4; ++way) { /* in place or not; the percentile whole or in parts */
+        window_program twin;
+        float norms[2 * WINDOW];
+        float after[2 * WINDOW];
+        window_create(&twin, WINDOW, VALUES_RANDOM, from);
+        for (int i = 0; i < 2 * WINDOW; ++i) norms[i] = INFINITY;
+        int32_t recorded = 0;
+        for (int i = 0; i < 100; ++i) {
+            float norm = norm_draw(VALUES_RANDOM, 0, &from);
+            double percentile = 100 * source_uniform(&from);
+            float threshold;
+            frame own;
+            const bool in_place = way % 2 == 0;
+            window_frame(&own, norms, WINDOW, &recorded, &norm, &percentile, in_place ? norms : after, &threshold);
+            float parts[3];
+            double rest = percentile;
+            for (int part = 0; part < 3; ++part) {
+                parts[part] = (float)rest;
+                rest -= (double)parts[part];
+            }
+            if (way >= 2) frame_set(&own, 3, XLA_F32, parts, 1, 3, 0);
+            REQUIRE(autoclip_xla_window(&own.call) == NULL, "%s", raised.message);
+            if (!in_place) memcpy(norms, after, sizeof norms);
+            if (isfinite(norm)) {
+                model_push(&twin.truth, (double)norm);
+                recorded += 1;
+            }
+            REQUIRE_SAME((double)model_threshold(&twin.truth, percentile), (double)threshold);
+            memcpy(twin.norms, norms, sizeof norms);
+            twin.recorded = (size_t)recorded;
+            window_judge(&twin);
+        }
+        window_destroy(&twin);
+    }
+}
+
+static void test_tree_of_a_program_is_that_of_the_model(void) {
+    source from = {.state = 2};
+    tree_program twin;
+    int32_t step = 0;
+    float last = INFINITY;
+    tree_create(&twin, VALUES_RANDOM, from);
+    for (int i = 0; i < 300; ++i) {
+        float norm = norm_draw(VALUES_RANDOM, 0, &from);
+        double percentile = 100 * source_uniform(&from);
+        int32_t step_after;
+        float last_after;
+        float threshold;
+        frame own;
+        tree_frame(&own, twin.id, &step, &last, &norm, &percentile, &step_after, &last_after, &threshold);
+        if (isfinite(norm)) model_push(&twin.truth, (double)norm);
+        for (int again = 0; again < 2; ++again) { /* a program may be computed twice */
+            REQUIRE(autoclip_xla_tree(&own.call) == NULL, "%s", raised.message);
+            REQUIRE_SAME((double)model_threshold(&twin.truth, percentile), (double)threshold);
+            REQUIRE(step_after == step + (isfinite(norm) ? 1 : 0), "the next step is %d", (int)step_after);
+            REQUIRE_SAME((double)(isfinite(norm) ? norm : last), (double)last_after);
+        }
+        step = step_after;
+        last = last_after;
+    }
+    tree_destroy(&twin);
+}
+
+static void test_errors_of_a_history_are_told(void) {
+    tree_program twin;
+    int32_t step = 5; /* of a history that holds none */
+    int32_t step_after = -1;
+    float last = 1;
+    float norm = 2;
+    float last_after = -1;
+    float threshold = -1;
+    double percentile = 50;
+    frame own;
+    tree_create(&twin, VALUES_RANDOM, (source){.state = 3});
+    tree_frame(&own, twin.id, &step, &last, &norm, &percentile, &step_after, &last_after, &threshold);
+    require_refused(autoclip_xla_tree, &own.call, XLA_FAILED_PRECONDITION,
+                    autoclip_status_message(AUTOCLIP_WRONG_STEP));
+    step = 0;
+    percentile = -1;
+    require_refused(autoclip_xla_tree, &own.call, XLA_FAILED_PRECONDITION,
+                    autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
+    percentile = 50;
+    own.history += 1;
+    require_refused(autoclip_xla_tree, &own.call, XLA_FAILED_PRECONDITION,
+                    autoclip_status_message(AUTOCLIP_NO_HISTORY));
+    REQUIRE(step_after == -1, "a refused call wrote the step %d", (int)step_after);
+    REQUIRE_SAME(-1, (double)last_after);
+    REQUIRE_SAME(-1, (double)threshold);
+    tree_destroy(&twin);
+}
+
+/* One thing at a time is not as the entry point takes it. */
+static void test_bad_calls_of_the_window_are_refused(void) {
+    float norms[4] = {INFINITY, INFINITY, INFINITY, INFINITY};
+    float after[4] = {-1, -1, -1, -1};
+    int32_t recorded = 0;
+    float norm = 2;
+    float threshold = -1;
+    double percentile = 50;
+    frame own;
+    for (int fault = 0; fault <= 15; ++fault) {
+        window_frame(&own, norms, 2, &recorded, &norm, &percentile, after, &threshold);
+        switch (fault) {
+        case 0: own.call.operands.count = 0; break;
+        case 1: own.call.operands.count = 3; break;
+        case 2: own.call.operands.count = 5; break;
+        case 3: own.call.results.count = 1; break;
+        case 4: own.call.results.count = 3; break;
+        case 5: own.buffers[0].type = XLA_F64; break;
+        case 6: own.buffers[1].type = XLA_S64; break;
+        case 7: own.buffers[2].type = XLA_F64; break;
+        case 8: own.buffers[3].type = XLA_S64; break;
+        case 9: own.buffers[4].type = XLA_F64; break;
+        case 10: own.buffers[5].type = XLA_F64; break;
+        case 11: own.buffers[0].rank = 1; break;
+        case 12: own.sizes[0][0] = 3; break;
+        case 13: own.sizes[0][1] = 0; break;
+        case 14: own.buffers[3].rank = 0; break;
+        case 15: own.buffers[3].rank = 2; break;
+        default: break;
+        }
+        test_now.step = (uint64_t)fault;
+        require_refused(autoclip_xla_window, &own.call, XLA_INVALID_ARGUMENT, "autoclip_xla_window");
+    }
+    window_frame(&own, norms, 2, &recorded, &norm, &percentile, after, &threshold);
+    for (int i = 0; i < 3; ++i) {
+        percentile = i == 0 ? -1 : i == 1 ? 101 : (double)NAN;
+        require_refused(autoclip_xla_window, &own.call, XLA_INVALID_ARGUMENT,
+                        autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
+    }
+    REQUIRE_SAME(-1, (double)after[0]);
+    REQUIRE_SAME(-1, (double)threshold);
+}
+
+static void test_bad_calls_of_the_tree_are_refused(void) {
+    tree_program twin;
+    int32_t step = 0;
+    int32_t step_after = -1;
+    float last = 1;
+    float norm = 2;
+    float last_after = -1;
+    float threshold = -1;
+    double percentile = 50;
+    frame own;
+    tree_create(&twin, VALUES_RANDOM, (source){.state = 4});
+    for (int fault = 0; fault <= 16; ++fault) {
+        tree_frame(&own, twin.id, &step, &last, &norm, &percentile, &step_after, &last_after, &threshold);
+        switch (fault) {
+        case 0: own.call.operands.count = 0; break;
+        case 1: own.call.operands.count = 3; break;
+        case 2: own.call.operands.count = 5; break;
+        case 3: own.call.results.count = 2; break;
+        case 4: own.call.results.count = 4; break;
+        case 5: own.buffers[0].type = XLA_S64; break;
+        case 6: own.buffers[1].type = XLA_F64; break;
+        case 7: own.buffers[2].type = XLA_F64; break;
+        case 8: own.buffers[3].type = XLA_S32; break;
+        case 9: own.buffers[4].type = XLA_S64; break;
+        case 10: own.buffers[5].type = XLA_F64; break;
+        case 11: own.buffers[6].type = XLA_F64; break;
+        case 12: own.call.attributes.count = 0; break;
+        case 13: own.call.attributes.count = 2; break;
+        case 14: own.kind = XLA_SCALAR_ATTRIBUTE + 1; break;
+        case 15: own.attribute.type = XLA_S32; break;
+        case 16: own.buffers[3].rank = 0; break;
+        default: break;
+        }
+        test_now.step = (uint64_t)fault;
+        require_refused(autoclip_xla_tree, &own.call, XLA_INVALID_ARGUMENT, "autoclip_xla_tree");
+    }
+    REQUIRE(step_after == -1, "a refused call wrote the step %d", (int)step_after);
+    tree_destroy(&twin);
+}
+
+TEST_MAIN(TEST(test_handlers_say_for_which_version_they_were_made), TEST(test_window_of_a_program_is_that_of_the_model),
+          TEST(test_tree_of_a_program_is_that_of_the_model), TEST(test_errors_of_a_history_are_told),
+          TEST(test_bad_calls_of_the_window_are_refused), TEST(test_bad_calls_of_the_tree_are_refused));
