@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from math import hypot, inf, isfinite
+from math import copysign, hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
-from autoclip_torch.gradients import Gradients
+from autoclip_torch.engines import refuse_parts
+from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 
@@ -51,6 +53,7 @@ class Pipeline:
         options: the other arguments of the core.
         mode: "auto", "immediate" or "deferred".
         process_group: the processes over which to add up norms.
+        check_ranks: the processes that must see the same norms and thresholds.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Pipeline:
         options: dict[str, Any],
         mode: Mode,
         process_group: ProcessGroup | None,
+        check_ranks: ProcessGroup | bool,  # noqa: FBT001 - as the user gives it
     ) -> None:
         if mode not in get_args(Mode):
             raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
@@ -71,8 +75,11 @@ class Pipeline:
         self._options = options
         self._mode = mode
         self._process_group = process_group
+        self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
+        self._may_be_copies = process_group is not None
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
+        self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +127,16 @@ class Pipeline:
         if self._deferred is not None:
             self._deferred.receive(wait=wait)
 
+    def refuse_parts(self, params: Iterable[Tensor]) -> None:
+        """Raise if norms of these parameters would not be those of the whole gradient."""
+        refuse_parts(params, self._process_group)
+
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
+        # An engine may have taken them since: it takes all that are trained, so one of them tells.
+        self.refuse_parts([next(iter(filter(_is_trained, self.groups.params)), self.groups.params[0])])
         if self.groups.refresh():
+            self.refuse_parts(self.groups.params)
             clips = self.clips
             self._clips = {name: clips.get(name) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
@@ -134,7 +148,13 @@ class Pipeline:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
         """
         self.refresh()
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group)
+        device = self._deferred.device if self._deferred is not None else None
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
+        if is_capturing(gradients.device):
+            raise AutoClipError(
+                "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
+                "capture the forward and backward pass only, and step after each replay."
+            )
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
@@ -144,10 +164,29 @@ class Pipeline:
                 stacklevel=3,
             )
         if grad_scale is None:
-            return Measured(gradients, gradients.norms())
-        # A norm that is not unscaled yet may be beyond float32.
-        norms = gradients.norms() if gradients.device.type == "mps" else gradients.norms(torch.float64)
-        return Measured(gradients, norms / grad_scale.to(norms.device, non_blocking=True))
+            norms = gradients.norms()
+        else:  # a norm that is not unscaled yet may be beyond float32
+            norms = gradients.norms(widest(gradients.device))
+            norms = norms / moved(grad_scale, norms.device)
+        if self._may_be_copies:
+            self._suspect_copies(gradients)
+        return Measured(gradients, norms)
+
+    def _suspect_copies(self, gradients: Gradients) -> None:
+        """Warn if every rank of the process group has the same norm, in the first step in which there is one."""
+        joint, own = (0.0, 0.0) if gradients.joint is None else gradients.joint.tolist()
+        if not 0.0 < joint < inf:
+            return
+        self._may_be_copies = False
+        ranks = torch.distributed.get_world_size(self._process_group)
+        if ranks > 1 and abs(joint - ranks * own) <= 1e-12 * joint:
+            warnings.warn(
+                f"All {ranks} ranks of process_group have a gradient of the same norm, {own**0.5:g}. If each has the "
+                "whole gradient, as under DDP, leave process_group out: AutoClip adds up the norms of parts, so norms "
+                f"and thresholds are {ranks**0.5:.3g} times too large.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
@@ -160,7 +199,8 @@ class Pipeline:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         gradients, norms = measured
-        if self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF):
+        self.agree(norms)
+        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
             return self._decide_on_device(gradients, norms, found_inf)
         if found_inf is not None and found_inf.item():
             return {}
@@ -168,13 +208,21 @@ class Pipeline:
         found = _found(norms.tolist())
         if self.repeats.has(gradients, found):
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
-        return self._observe(found)
+        return self.observe(found)
+
+    def agree(self, norms: Tensor) -> None:
+        """Compare norms, shape (groups,), and the thresholds before them with the other ranks, if that is due.
+
+        Raises:
+            AutoClipError: they differ.
+        """
+        if self._agreement is not None and self._agreement.is_due():
+            self._agreement.check(norms.tolist(), [clip.threshold for clip in self.clips.values()], norms.device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
-            keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
-            gradients.scale_on_device_(steps.scale, keep)
+            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
         elif is_dropped(steps):
             gradients.zero_()
         else:
@@ -182,33 +230,28 @@ class Pipeline:
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
-            if gradients.device.type == "mps":
-                raise AutoClipValueError(
-                    'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
-                )
             self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
         measured = norms = norms.double()
-        # What is not seen is handed on as a negative norm.
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
-            norms = torch.where(is_repeat, -1.0, norms)
+            norms = torch.where(is_repeat, NOT_SEEN, norms)
         if found_inf is not None:
-            norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
+            norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had."""
         now = self._percentile
         if percentile == now:
-            self._observe(_found(norms))
+            self.observe(_found(norms))
             return
         self.percentile = percentile
         try:
-            self._observe(_found(norms))
+            self.observe(_found(norms))
         finally:
             self.percentile = now
 
-    def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
+    def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
         items = list(self._clips.items())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
@@ -237,11 +280,21 @@ class Pipeline:
             warnings.warn(odd, RuntimeWarning, stacklevel=5)
 
 
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad
+
+
 def is_dropped(steps: dict[int, ClipStep]) -> bool:
     """Return whether the update must not be made: one group without a finite norm spoils it."""
     return any(step.scale == 0.0 for step in steps.values())
 
 
 def _found(norms: list[float]) -> dict[int, float]:
-    """Return the norms by their groups, without those that no gradient has (NaN is found)."""
-    return {index: norm for index, norm in enumerate(norms) if not norm < 0.0}
+    """Return the norms by their groups, without those that are `NOT_SEEN`."""
+    return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
+
+
+def _is_deferred_on(gradients: Gradients) -> bool:
+    """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
+    devices = gradients.devices or {gradients.device}
+    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)
