@@ -3,26 +3,33 @@
 `clip.AutoClip` states the rule for a norm on the host. Here it stands once more, in the operations that array libraries
 share, for programs that cannot ask the host. What shaped this module:
 
-- It imports nothing. `xp` is the array library: torch, jax.numpy, or another with the few names used here.
+- It imports no array library. `xp` is one: torch, jax.numpy, or another with the few names used here.
 - Shapes are fixed and nothing branches on a value, so that every function can be compiled.
-- A norm that is not to be remembered goes through the same operations as infinity, and changes nothing. So no NaN ever
+- A norm that is not to be recorded goes through the same operations as infinity, and changes nothing. So no NaN ever
   enters an array of norms, where one would spread to all.
 
 There are two ways to have a threshold without asking the host. Either the program keeps a window of the last N norms,
 in two arrays of shape (N,): the norms ascending, and the same in order of age in a ring, places without a norm holding
 infinity (`observe`). Or the host keeps the history, and the program is told the few norms around the percentile in
 advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
+
+A compiled program takes a whole step with `take_step`, which is given the way to observe a norm: over arrays, or in the
+compiled kernel, which keeps the same arrays, or a tree on the host.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import inf
+from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from autoclip_core.clip import AutoClip
+from autoclip_core.errors import AutoClipValueError
+from autoclip_core.history import NormHistory, check_full_history
 
-    from autoclip_core.clip import AutoClip
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 # The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
 # history), and a rank times a digit of the percentile has to fit.
@@ -31,14 +38,120 @@ MAX_WINDOW = 2**24
 _BASE = 128
 _DIGITS = 11
 
+# The state of a compiled program is few arrays, because each costs a step about a microsecond:
+#   norms   float32: a window, shape (2, window): the norms ascending, and in order of age in a ring, infinity where
+#           there is none yet; or, where a NormHistory holds the norms, the latest of them, shape (1,)
+#   counts  int32, shape (4,)
+#   last    float32, shape (4,): the norm, the threshold and the scale of the latest step, and 1 if it was clipped
+STEPS, RECORDED_STEPS, CLIPPED_STEPS, NONFINITE_STEPS = range(4)
+GRAD_NORM, CLIP_THRESHOLD, CLIP_SCALE, CLIPPED = range(4)
 
-# The columns of a deferred table: three numbers, then norms.
-_SIZE, _FIRST, _RECORDED, _NORMS = range(4)
+
+def check_options(
+    percentile: Any,
+    window: Any,
+    history: NormHistory | None,
+    warmup: Any,
+    nonfinite: Any,
+    max_threshold: Any,
+    default_window: int,
+) -> None:
+    """Check the options of an AutoClip inside a compiled program, whose arrays hold a window if no history does.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: one cannot be used.
+        BackendError: the history cannot be reached from compiled programs.
+    """
+    if nonfinite == "raise":
+        raise AutoClipValueError(
+            'nonfinite="raise" cannot be done inside a compiled program; use "skip" or "pass", and look at '
+            '"nonfinite_steps" among the metrics outside of it.'
+        )
+    if window is None and history is None:
+        raise AutoClipValueError(
+            "window=None needs somewhere to keep every norm: give history=NormHistory(), or a window."
+        )
+    AutoClip(percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold)
+    if history is not None:
+        check_full_history(history, None if window == default_window else window)
+        _ = history.shared_id  # not every backend has one
+    elif window > MAX_WINDOW:
+        raise AutoClipValueError(
+            f"window must be at most {MAX_WINDOW:,} in arrays, but {window:,} was given; history=NormHistory() has no "
+            "bound."
+        )
 
 
-def norm_to_remember(xp: Any, norm: Any) -> Any:
+def initial_state(xp: Any, window: int | None) -> dict[str, Any]:
+    """Return the arrays `norms`, `counts` and `last` before the first step; the window is None with a history."""
+    return {
+        "norms": xp.full((1,) if window is None else (2, window), inf, dtype=xp.float32),
+        "counts": xp.zeros((4,), dtype=xp.int32),
+        "last": xp.asarray([0.0, inf, 1.0, 0.0], dtype=xp.float32),
+    }
+
+
+def take_step(
+    xp: Any,
+    observe: Callable[[Any, Any, Any], tuple[Any, Any]],
+    norms: Any,
+    counts: Any,
+    norm: Any,
+    warmup: Any = 0,
+    nonfinite: str = "skip",
+    max_threshold: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Take a step with the norm of a gradient: let it enter the norms, find the threshold, decide.
+
+    Args:
+        xp: the array library.
+        observe: given `norms`, how many norms have entered before, and what `norm_to_remember` returns, it lets that
+            enter and returns the norms and the percentile, infinity if there is none.
+        norms: those of the state.
+        counts: those of the state.
+        norm: the global norm of the gradient, float32.
+        warmup: as for `AutoClip`.
+        nonfinite: as for `AutoClip`, but not "raise".
+        max_threshold: as for `AutoClip`.
+
+    Returns:
+        The new `norms`, `counts` and `last` of the state, and the scale.
+    """
+    entering = norm_to_remember(xp, norm)
+    recorded_steps = counts[RECORDED_STEPS]
+    norms, percentile = observe(norms, recorded_steps, entering)
+    enters = entering < inf
+    threshold, scale, clipped = decide(
+        xp,
+        norm,
+        percentile,
+        recorded_steps + xp.astype(enters, xp.int32),
+        warmup=warmup,
+        nonfinite=nonfinite,
+        max_threshold=inf if max_threshold is None else max_threshold,
+    )
+    counted = xp.stack([xp.ones_like(enters), enters, clipped, ~xp.isfinite(norm)])
+    counts = counts + xp.astype(counted, xp.int32)
+    last = xp.stack([norm, threshold, scale, xp.astype(clipped, xp.float32)])
+    return norms, counts, last, scale
+
+
+def metrics(counts: Any, last: Any) -> dict[str, Any]:
+    """Return what users are told of a state, as scalars: the latest step, and counts."""
+    return {
+        "grad_norm": last[..., GRAD_NORM],
+        "clip_threshold": last[..., CLIP_THRESHOLD],
+        "clip_scale": last[..., CLIP_SCALE],
+        "clipped": last[..., CLIPPED] > 0.0,
+        "steps": counts[..., STEPS],
+        "clipped_steps": counts[..., CLIPPED_STEPS],
+        "nonfinite_steps": counts[..., NONFINITE_STEPS],
+    }
+
+
+def norm_to_remember(xp: Any, norm: Any, infinity: Any = inf) -> Any:
     """Return the norm if the rule remembers it, else infinity: a zero carries no scale, NaN and infinity no size."""
-    return xp.where(xp.isfinite(norm) & (norm > 0.0), norm, inf)
+    return xp.where(norm > 0.0, norm, infinity)
 
 
 def observe(
@@ -60,6 +173,12 @@ def observe(
     ascending, ring = remember(xp, ascending, ring, recorded_steps, norm)
     size = xp.minimum(recorded_steps + xp.astype(norm < inf, xp.int32), ascending.shape[0])
     return ascending, ring, percentile_of(xp, ascending, size, percentile)
+
+
+def observe_window(xp: Any, norms: Any, recorded_steps: Any, norm: Any, percentile: Any) -> tuple[Any, Any]:
+    """Do what `observe` does for the norms of a state, shape (2, N)."""
+    ascending, ring, found = observe(xp, norms[0], norms[1], recorded_steps, norm, percentile)
+    return xp.stack([ascending, ring]), found
 
 
 def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
@@ -116,8 +235,8 @@ def percentile_of_digits(digits: Iterable[int]) -> float:
     return sum((digit / float(_BASE) ** place for place, digit in enumerate(digits)), 0.0)
 
 
-def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
-    """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
+def _position(xp: Any, highest: Any, percentile: Any) -> tuple[Any, Any, Any]:
+    """Return highest * percentile / 100 as an integer and a fraction, which is the sum of two floats.
 
     As on paper: first the product with the digits of the percentile, from the last one on, then its division by 100,
     from the first one on.
@@ -126,10 +245,10 @@ def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
     carry: Any = 0
     product = []
     for digit in reversed(digits[1:]):
-        carry = last * digit + carry
+        carry = highest * digit + carry
         product.append(carry % _BASE)
         carry = carry // _BASE
-    whole = last * digits[0] + carry
+    whole = highest * digits[0] + carry
     rank, rest = whole // 100, whole % 100
     quotient = []
     for digit in reversed(product):
@@ -149,74 +268,104 @@ def _fraction(digits: list[Any]) -> Any:
 
 # The deferred threshold. Let the host's history hold n norms, and let m more, that of the current step included, still
 # be on the device. Each of them moves a rank by at most one, so the percentile of all n + m lies among those m and the
-# few norms of the history around the rank asked for. The host sends these few, and the device finds the percentile,
-# whatever the m turn out to be: which of them count, and which old norms they push out of a window. In float64 it has
-# the bits of the core; it is no estimate.
+# few norms of the history around the rank asked for. The host cannot know how many of the m will be recorded, but it
+# knows what each number of them, from 0 to m, would mean: which old norms have left a window, between which two places
+# of the sorted norms the percentile lies, and whether the warm-up is over. It sends a row for each. The device counts,
+# picks its row, sorts a few dozen numbers and reads two of them. It pays for each operation, however small, so there
+# are as few as possible. In float64 the result has the bits of the core; it is no estimate.
+
+# The columns of a row: six numbers, then norms.
+_INFINITY, _NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(7)
 
 
-def deferred_table(clip: AutoClip, pending: int, percentile: float) -> list[float]:
-    """Return what a device must know of the history for a threshold with `pending` further norms, as one row.
+def deferred_table(
+    clip: AutoClip, pending: int, percentile: float, *, warmup: int = 0, max_threshold: float = inf
+) -> list[list[float]]:
+    """Return what a device must know of the history for a threshold with `pending` further norms.
 
-    The length of the row depends on `pending` and the window alone, so rows of several histories make one array.
-    With a window, `pending` may not exceed it. O(log n + pending).
+    A row for each number of them that may be recorded, from 0 to `pending`. Rows are of one length, which depends on
+    `pending` and on whether there is a window, so tables of several histories make one array. With a window, `pending`
+    may not exceed it. O(log n + pending^2).
+
+    Args:
+        clip: with the history.
+        pending: how many norms have not reached it, that of the current step included.
+        percentile: from 0 to 100.
+        warmup: as the clip was given it.
+        max_threshold: as the clip was given it; `inf` is None.
     """
     history, quantile = clip.history, percentile / 100
-    size, has_window = len(history), history.window is not None
+    size, window = len(history), history.window
     # From the lowest rank if nothing enters below it, to the highest, a window losing what is below it.
     first = max(0, int((size - 1) * quantile) - pending)
-    last = min(size - 1, int((size + pending - 1) * quantile) + 1 + pending * has_window)
-    width = (3 if has_window else 2) * pending + 4
+    last = min(size - 1, int((size + pending - 1) * quantile) + 1 + (pending if window else 0))
     known = history.order_statistics(first, last + 1 - first).tolist()
-    oldest = history.oldest(min(pending, size)).tolist() if has_window else []
-    return [
-        *(size, first, clip.recorded_steps),
-        *known + [inf] * (width - len(known)),
-        *oldest + [inf] * (pending * has_window - len(oldest)),
-    ]
+    oldest = history.oldest(min(pending, size)).tolist() if window else []
+    width = (3 if window else 2) * pending + 4
+    rows = []
+    for recorded in range(pending + 1):
+        if window and (leaving := size + recorded - window) > 0:
+            gone = oldest[leaving - 1]
+            if gone < known[0]:
+                first -= 1
+            elif gone <= known[-1]:
+                known.remove(gone)
+        count = size + recorded if window is None else min(size + recorded, window)
+        highest = max(0, count - 1)
+        rank, share = divmod(highest * quantile, 1)
+        near, far = int(rank) - first, min(int(rank) + 1, highest) - first
+        if share >= 0.5:  # as numpy.percentile rounds: from the nearer of the two norms
+            near, far, share = far, near, 1 - share
+        least = max_threshold if clip.recorded_steps + recorded <= warmup else -inf
+        row = [inf, _as_bits(near), _as_bits(far), share, max_threshold, least, *known]
+        rows.append(row + [inf] * (_NORMS + width - len(row)))
+    return rows
 
 
-def deferred_threshold(xp: Any, table: Any, pending: Any, percentile: float, window: int | None) -> tuple[Any, Any]:
+@cache
+def _as_bits(integer: int) -> float:
+    """Return the float64 that has the bits of an int64: a place among floats that need not be converted."""
+    (bits,) = unpack("d", pack("q", integer))
+    return float(bits)
+
+
+def deferred_threshold(xp: Any, table: Any, pending: Any, *, warmup: int = 0) -> tuple[Any, Any, Any]:
     """Find the percentile of a history and of the norms that have not reached it.
 
     Args:
         xp: the array library.
-        table: shape (..., columns), rows made by `deferred_table` for as many pending norms, float64.
-        pending: shape (..., m), the norms in order, the current one last, float64. Those that are not finite and
-            positive do not count.
-        percentile: from 0 to 100.
-        window: that of the histories.
+        table: shape (..., m + 1, columns), made by `deferred_table` for m pending norms, float64.
+        pending: shape (..., m), what `norm_to_remember` returned for them, float64.
+        warmup: as the table was given it.
 
     Returns:
-        The threshold, shape (...): `inf` if nothing was ever recorded; and the number of norms recorded until and with
-        the current one, shape (...).
+        Of shape (...): the threshold, `max_threshold` if nothing was ever recorded; and the limit that the norm may
+        have in this step. Of shape (..., m): which of the pending norms are recorded.
     """
-    count = pending.shape[-1]
-    entering = norm_to_remember(xp, pending)
-    entered = xp.sum(entering < inf, -1)
-    known = table[..., _NORMS : -count if window else None]
-    candidates = xp.concat([known, entering], -1)
-    # How many norms are at most as large as each candidate; too many only for those below the ranks in question.
-    at_most = table[..., _FIRST, None] + xp.sum(candidates[..., None, :] <= candidates[..., :, None], -1)
-    size = table[..., _SIZE] + entered
-    if window:
-        oldest = table[..., -count:]
-        leaves = xp.cumsum(xp.ones_like(oldest), -1) <= (size - window)[..., None]
-        oldest = xp.where(leaves, oldest, inf)
-        at_most = at_most - xp.sum(oldest[..., None, :] <= candidates[..., :, None], -1)
-        size = xp.where(size > window, window, size)
-    position = (size - 1) * (percentile / 100)
-    rank = xp.floor(position)
-    below = xp.amin(xp.where(at_most > rank[..., None], candidates, inf), -1)
-    above = xp.amin(xp.where(at_most > rank[..., None] + 1, candidates, inf), -1)
-    above = xp.where(above < inf, above, below)
-    threshold = interpolate(xp, below, above, position - rank)
-    return xp.where(size > 0, threshold, inf), table[..., _RECORDED] + entered
+    recorded = pending < inf
+    row = xp.take_along_axis(table, xp.sum(recorded, -1)[..., None, None], -2)[..., 0, :]
+    norms = xp.sort(xp.concat([row[..., _NORMS:], pending], -1), -1)
+    two = xp.take_along_axis(norms, row[..., _NEAR : _FAR + 1].view(xp.int64), -1)
+    near, far = two[..., 0], two[..., 1]
+    # Not a library's lerp, which a compiler may round otherwise. Without norms this is NaN, which fmin ignores.
+    threshold = xp.fmin(near + (far - near) * row[..., _SHARE], row[..., _CAP])
+    limit = xp.fmax(threshold, row[..., _LEAST]) if warmup else threshold
+    return threshold, limit, recorded
 
 
-def interpolate(xp: Any, below: Any, above: Any, fraction: Any) -> Any:
-    """Return the number a `fraction` of the way from `below` to `above`, as numpy.percentile rounds it."""
-    difference = above - below
-    return xp.where(fraction < 0.5, below + difference * fraction, above - difference * (1 - fraction))
+def deferred_scale(xp: Any, norm: Any, limit: Any, *, nonfinite: str = "skip") -> Any:
+    """Return the scale of a step, as `decide` does, in fewer operations. A norm of -0.0 was not seen: its scale is 1.
+
+    Args:
+        xp: the array library.
+        norm: the norm of the step, float64.
+        limit: as `deferred_threshold` returns it, above 0.
+        nonfinite: as for `decide`.
+    """
+    if nonfinite == "pass":
+        norm = xp.nan_to_num(norm, nan=0.0, posinf=0.0)
+    # NaN is a NaN divided, or two infinities; an infinite quotient, that of a zero.
+    return xp.clip(xp.nan_to_num(limit / norm, nan=0.0, posinf=1.0, neginf=1.0), None, 1.0)
 
 
 def decide(
