@@ -16,7 +16,9 @@ advance (`deferred_threshold`). After either, `decide` makes the threshold a ste
 
 from __future__ import annotations
 
+from functools import cache
 from math import inf
+from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,13 +34,9 @@ _BASE = 128
 _DIGITS = 11
 
 
-# The columns of a deferred table: three numbers, then norms.
-_SIZE, _FIRST, _RECORDED, _NORMS = range(4)
-
-
-def norm_to_remember(xp: Any, norm: Any) -> Any:
+def norm_to_remember(xp: Any, norm: Any, infinity: Any = inf) -> Any:
     """Return the norm if the rule remembers it, else infinity: a zero carries no scale, NaN and infinity no size."""
-    return xp.where(xp.isfinite(norm) & (norm > 0.0), norm, inf)
+    return xp.where(norm > 0.0, norm, infinity)
 
 
 def observe(
@@ -149,74 +147,104 @@ def _fraction(digits: list[Any]) -> Any:
 
 # The deferred threshold. Let the host's history hold n norms, and let m more, that of the current step included, still
 # be on the device. Each of them moves a rank by at most one, so the percentile of all n + m lies among those m and the
-# few norms of the history around the rank asked for. The host sends these few, and the device finds the percentile,
-# whatever the m turn out to be: which of them count, and which old norms they push out of a window. In float64 it has
-# the bits of the core; it is no estimate.
+# few norms of the history around the rank asked for. The host cannot know how many of the m will be recorded, but it
+# knows what each number of them, from 0 to m, would mean: which old norms have left a window, between which two places
+# of the sorted norms the percentile lies, and whether the warm-up is over. It sends a row for each. The device counts,
+# picks its row, sorts a few dozen numbers and reads two of them. It pays for each operation, however small, so there
+# are as few as possible. In float64 the result has the bits of the core; it is no estimate.
+
+# The columns of a row: six numbers, then norms.
+_INFINITY, _NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(7)
 
 
-def deferred_table(clip: AutoClip, pending: int, percentile: float) -> list[float]:
-    """Return what a device must know of the history for a threshold with `pending` further norms, as one row.
+def deferred_table(
+    clip: AutoClip, pending: int, percentile: float, *, warmup: int = 0, max_threshold: float = inf
+) -> list[list[float]]:
+    """Return what a device must know of the history for a threshold with `pending` further norms.
 
-    The length of the row depends on `pending` and the window alone, so rows of several histories make one array.
-    With a window, `pending` may not exceed it. O(log n + pending).
+    A row for each number of them that may be recorded, from 0 to `pending`. Rows are of one length, which depends on
+    `pending` and on whether there is a window, so tables of several histories make one array. With a window, `pending`
+    may not exceed it. O(log n + pending^2).
+
+    Args:
+        clip: with the history.
+        pending: how many norms have not reached it, that of the current step included.
+        percentile: from 0 to 100.
+        warmup: as the clip was given it.
+        max_threshold: as the clip was given it; `inf` is None.
     """
     history, quantile = clip.history, percentile / 100
-    size, has_window = len(history), history.window is not None
+    size, window = len(history), history.window
     # From the lowest rank if nothing enters below it, to the highest, a window losing what is below it.
     first = max(0, int((size - 1) * quantile) - pending)
-    last = min(size - 1, int((size + pending - 1) * quantile) + 1 + pending * has_window)
-    width = (3 if has_window else 2) * pending + 4
+    last = min(size - 1, int((size + pending - 1) * quantile) + 1 + (pending if window else 0))
     known = history.order_statistics(first, last + 1 - first).tolist()
-    oldest = history.oldest(min(pending, size)).tolist() if has_window else []
-    return [
-        *(size, first, clip.recorded_steps),
-        *known + [inf] * (width - len(known)),
-        *oldest + [inf] * (pending * has_window - len(oldest)),
-    ]
+    oldest = history.oldest(min(pending, size)).tolist() if window else []
+    width = (3 if window else 2) * pending + 4
+    rows = []
+    for recorded in range(pending + 1):
+        if window and (leaving := size + recorded - window) > 0:
+            gone = oldest[leaving - 1]
+            if gone < known[0]:
+                first -= 1
+            elif gone <= known[-1]:
+                known.remove(gone)
+        count = size + recorded if window is None else min(size + recorded, window)
+        highest = max(0, count - 1)
+        rank, share = divmod(highest * quantile, 1)
+        near, far = int(rank) - first, min(int(rank) + 1, highest) - first
+        if share >= 0.5:  # as numpy.percentile rounds: from the nearer of the two norms
+            near, far, share = far, near, 1 - share
+        least = max_threshold if clip.recorded_steps + recorded <= warmup else -inf
+        row = [inf, _as_bits(near), _as_bits(far), share, max_threshold, least, *known]
+        rows.append(row + [inf] * (_NORMS + width - len(row)))
+    return rows
 
 
-def deferred_threshold(xp: Any, table: Any, pending: Any, percentile: float, window: int | None) -> tuple[Any, Any]:
+@cache
+def _as_bits(integer: int) -> float:
+    """Return the float64 that has the bits of an int64: a place among floats that need not be converted."""
+    (bits,) = unpack("d", pack("q", integer))
+    return float(bits)
+
+
+def deferred_threshold(xp: Any, table: Any, pending: Any, *, warmup: int = 0) -> tuple[Any, Any, Any]:
     """Find the percentile of a history and of the norms that have not reached it.
 
     Args:
         xp: the array library.
-        table: shape (..., columns), rows made by `deferred_table` for as many pending norms, float64.
-        pending: shape (..., m), the norms in order, the current one last, float64. Those that are not finite and
-            positive do not count.
-        percentile: from 0 to 100.
-        window: that of the histories.
+        table: shape (..., m + 1, columns), made by `deferred_table` for m pending norms, float64.
+        pending: shape (..., m), what `norm_to_remember` returned for them, float64.
+        warmup: as the table was given it.
 
     Returns:
-        The threshold, shape (...): `inf` if nothing was ever recorded; and the number of norms recorded until and with
-        the current one, shape (...).
+        Of shape (...): the threshold, `max_threshold` if nothing was ever recorded; and the limit that the norm may
+        have in this step. Of shape (..., m): which of the pending norms are recorded.
     """
-    count = pending.shape[-1]
-    entering = norm_to_remember(xp, pending)
-    entered = xp.sum(entering < inf, -1)
-    known = table[..., _NORMS : -count if window else None]
-    candidates = xp.concat([known, entering], -1)
-    # How many norms are at most as large as each candidate; too many only for those below the ranks in question.
-    at_most = table[..., _FIRST, None] + xp.sum(candidates[..., None, :] <= candidates[..., :, None], -1)
-    size = table[..., _SIZE] + entered
-    if window:
-        oldest = table[..., -count:]
-        leaves = xp.cumsum(xp.ones_like(oldest), -1) <= (size - window)[..., None]
-        oldest = xp.where(leaves, oldest, inf)
-        at_most = at_most - xp.sum(oldest[..., None, :] <= candidates[..., :, None], -1)
-        size = xp.where(size > window, window, size)
-    position = (size - 1) * (percentile / 100)
-    rank = xp.floor(position)
-    below = xp.amin(xp.where(at_most > rank[..., None], candidates, inf), -1)
-    above = xp.amin(xp.where(at_most > rank[..., None] + 1, candidates, inf), -1)
-    above = xp.where(above < inf, above, below)
-    threshold = interpolate(xp, below, above, position - rank)
-    return xp.where(size > 0, threshold, inf), table[..., _RECORDED] + entered
+    recorded = pending < inf
+    row = xp.take_along_axis(table, xp.sum(recorded, -1)[..., None, None], -2)[..., 0, :]
+    norms = xp.sort(xp.concat([row[..., _NORMS:], pending], -1), -1)
+    two = xp.take_along_axis(norms, row[..., _NEAR : _FAR + 1].view(xp.int64), -1)
+    near, far = two[..., 0], two[..., 1]
+    # Not a library's lerp, which a compiler may round otherwise. Without norms this is NaN, which fmin ignores.
+    threshold = xp.fmin(near + (far - near) * row[..., _SHARE], row[..., _CAP])
+    limit = xp.fmax(threshold, row[..., _LEAST]) if warmup else threshold
+    return threshold, limit, recorded
 
 
-def interpolate(xp: Any, below: Any, above: Any, fraction: Any) -> Any:
-    """Return the number a `fraction` of the way from `below` to `above`, as numpy.percentile rounds it."""
-    difference = above - below
-    return xp.where(fraction < 0.5, below + difference * fraction, above - difference * (1 - fraction))
+def deferred_scale(xp: Any, norm: Any, limit: Any, *, nonfinite: str = "skip") -> Any:
+    """Return the scale of a step, as `decide` does, in fewer operations. A norm of -0.0 was not seen: its scale is 1.
+
+    Args:
+        xp: the array library.
+        norm: the norm of the step, float64.
+        limit: as `deferred_threshold` returns it, above 0.
+        nonfinite: as for `decide`.
+    """
+    if nonfinite == "pass":
+        norm = xp.nan_to_num(norm, nan=0.0, posinf=0.0)
+    # NaN is a NaN divided, or two infinities; an infinite quotient, that of a zero.
+    return xp.clip(xp.nan_to_num(limit / norm, nan=0.0, posinf=1.0, neginf=1.0), None, 1.0)
 
 
 def decide(

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from autoclip_core import AutoClipError, AutoClipTypeError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.gradients import moved
 from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
@@ -207,14 +208,18 @@ class _Hooks:
     ) -> None:
         """Have the optimizer divide the gradients in its own pass, or leave everything alone if the step is dropped."""
         if isinstance(steps, DeviceStep):
+            scale = steps.scale[0].float()
             dropped = steps.scale[0] == 0.0
-            scale = torch.where(dropped, 1.0, steps.scale[0]).float()
-            self._lend("found_inf", dropped.float() if found_inf is None else torch.maximum(found_inf, dropped))
+            if found_inf is not None:
+                # Torch adds up what it finds on several devices, and then looks for a 1.
+                dropped = dropped.logical_or(moved(found_inf, scale.device))
+            self._lend("found_inf", dropped.float())
         elif steps[0].scale == 1.0:
             return
         else:
-            scale = torch.tensor(steps[0].scale, dtype=torch.float32)
-        self._lend("grad_scale", 1.0 / scale if grad_scale is None else grad_scale / scale.to(grad_scale.device))
+            scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
+        # Infinity if the step is dropped: then nothing is divided by it.
+        self._lend("grad_scale", 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale)
 
     def _lend(self, name: str, value: Tensor) -> None:
         self._lent.append((name, value, getattr(self._optimizer, name, _ABSENT)))

@@ -138,7 +138,9 @@ class AutoClip:
         return self._pipeline.waits
 
     def step(self) -> Any:
-        """Clip the gradients in place, and return what was decided. One pass for the norms and one to scale.
+        """Clip the gradients in place, and return what was decided.
+
+        One pass over the gradients for the norms and one to scale them; deferred, one more that keeps or drops them.
 
         After a non-finite norm under "skip" the gradients are zeros and the scale is 0.0: an `optimizer.step()` would
         still apply momentum and weight decay, so leave it out to keep the parameters as they are. Where no parameter

@@ -6,21 +6,46 @@ then the device keeps them, and finds the threshold of the next step from them a
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
+from itertools import chain
 from math import inf
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, arrays
-from autoclip_torch.gradients import to_device
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, arrays
+from autoclip_torch.gradients import has_float64, moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 # Each one pending widens the stretch of the history that is sent. More than a few only pile up if nobody would wait.
 MOST_PENDING = 4
+
+
+def _take_along_axis(values: Tensor, indices: Tensor, dim: int) -> Tensor:
+    # Not torch.take_along_dim, which first takes the remainder of each index.
+    shape = [*values.shape]
+    shape[dim] = indices.shape[dim]
+    return values.gather(dim, indices.expand(shape))
+
+
+# Torch under the names of the array API.
+_XP = SimpleNamespace(
+    clip=torch.clip,
+    concat=torch.cat,
+    fmax=torch.fmax,
+    fmin=torch.fmin,
+    int64=torch.int64,
+    nan_to_num=torch.nan_to_num,
+    sort=lambda values, dim: torch.sort(values, dim)[0],
+    sum=torch.sum,
+    take_along_axis=_take_along_axis,
+    where=torch.where,
+)
 
 
 class DeviceStep(NamedTuple):
@@ -34,18 +59,19 @@ class DeviceStep(NamedTuple):
 
 
 class Pending:
-    """The norms of one step, on their way to the host."""
+    """The norms of one step, on their way to the host; `remembered` is what the rule remembers of them."""
 
-    def __init__(self, norms: Tensor, percentile: float) -> None:
-        self.norms = norms
+    def __init__(self, norms: Tensor, remembered: Tensor, percentile: float) -> None:
+        self.remembered = remembered
         self.percentile = percentile
+        self._event: torch.Event | None = None
         if norms.device.type == "cpu":
-            self._copy, self._event = norms, None
+            self._copy = norms.clone()  # a caller may change what a step returns
         else:
-            self._copy = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
+            self._copy = torch.empty(norms.shape, dtype=norms.dtype, device="cpu", pin_memory=True)
             self._copy.copy_(norms, non_blocking=True)
-            self._event = torch.get_device_module(norms.device).Event()
-            self._event.record(torch.get_device_module(norms.device).current_stream(norms.device))
+            self._event = torch.Event(norms.device)
+            self._event.record(torch.accelerator.current_stream(norms.device))
 
     def has_arrived(self) -> bool:
         """Return whether the copy is complete."""
@@ -65,8 +91,12 @@ class Deferred:
     Args:
         clips: one AutoClip per group, in order.
         device: where the norms are.
-        options: those of the clips.
+        options: those of the clips, "window" and so on.
         report: called with the norms of a step, one per group, and its percentile, when they arrive.
+
+    Raises:
+        AutoClipValueError: the device lacks float64.
+        AutoClipError: the device lacks events or memory that it can read by itself.
     """
 
     # How often the host had to wait because too many norms were on their way.
@@ -79,34 +109,41 @@ class Deferred:
         options: Mapping[str, Any],
         report: Callable[[list[float], float], None],
     ) -> None:
+        _check(device)
         self._clips = list(clips)
         self.device = device
         cap = inf if options["max_threshold"] is None else options["max_threshold"]
-        self._options = {"warmup": options["warmup"], "nonfinite": options["nonfinite"], "max_threshold": cap}
+        self._limits = {"warmup": options["warmup"], "max_threshold": cap}
+        self._nonfinite = options["nonfinite"]
         self._report = report
-        self._window = options["window"]
-        self._most = min(MOST_PENDING, self._window or MOST_PENDING)
+        window = options["window"]
+        self._most = min(MOST_PENDING, window or MOST_PENDING)
         self._pending: deque[Pending] = deque()
 
     def observe(self, norms: Tensor, percentile: float) -> DeviceStep:
         """Decide a step on the device.
 
         Args:
-            norms: shape (groups,), float64. A negative one was not seen: it counts nowhere, and its scale is 1.
+            norms: shape (groups,), float64. `NOT_SEEN` counts nowhere, and its scale is 1.
             percentile: from 0 to 100.
         """
         self.receive()
         if len(self._pending) == self._most:
             self.waits += 1
             self._receive_oldest()
-        latest = Pending(norms, percentile)
-        rows = [arrays.deferred_table(clip, len(self._pending) + 1, percentile) for clip in self._clips]
-        table = to_device(rows, self.device, torch.float64)
-        self._pending.append(latest)
-        pending = torch.stack([step.norms for step in self._pending], -1)
-        threshold, recorded_steps = arrays.deferred_threshold(torch, table, pending, percentile, self._window)
-        decision = arrays.decide(torch, norms, threshold, recorded_steps, **self._options)
-        return DeviceStep(norms, *decision, arrays.norm_to_remember(torch, norms) < inf)
+        count = len(self._pending) + 1
+        tables = [arrays.deferred_table(clip, count, percentile, **self._limits) for clip in self._clips]
+        # From nested lists torch takes ten times as long.
+        numbers = array("d", chain.from_iterable(chain.from_iterable(tables)))
+        shaped = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
+        table = moved(shaped, self.device)
+        remembered = arrays.norm_to_remember(_XP, norms, table[:, 0, 0])
+        self._pending.append(Pending(norms, remembered, percentile))
+        pending = torch.stack([step.remembered for step in self._pending], -1)
+        threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._limits["warmup"])
+        scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
+        latest = recorded[:, -1]
+        return DeviceStep(norms, threshold, scale, scale < latest, latest)
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""
@@ -116,3 +153,18 @@ class Deferred:
     def _receive_oldest(self) -> None:
         step = self._pending.popleft()
         self._report(step.wait(), step.percentile)
+
+
+def _check(device: torch.device) -> None:
+    if not has_float64(device):
+        raise AutoClipValueError(
+            f'mode="deferred" needs float64 for thresholds that are exact, which {device.type} lacks; use "immediate".'
+        )
+    if device.type != "cpu":
+        try:
+            torch.Event(device)
+            torch.empty(1, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            raise AutoClipError(
+                f'mode="deferred" needs events and pinned memory, which torch lacks for {device.type}; use "immediate".'
+            ) from error

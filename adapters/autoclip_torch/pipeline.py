@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from math import hypot, inf, isfinite
+from math import copysign, hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
 from autoclip_torch.deferred import Deferred, DeviceStep
-from autoclip_torch.gradients import Gradients
+from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 
@@ -134,7 +134,13 @@ class Pipeline:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
         """
         self.refresh()
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group)
+        device = self._deferred.device if self._deferred is not None else None
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
+        if is_capturing(gradients.device):
+            raise AutoClipError(
+                "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
+                "capture the forward and backward pass only, and step after each replay."
+            )
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
@@ -146,8 +152,8 @@ class Pipeline:
         if grad_scale is None:
             return Measured(gradients, gradients.norms())
         # A norm that is not unscaled yet may be beyond float32.
-        norms = gradients.norms() if gradients.device.type == "mps" else gradients.norms(torch.float64)
-        return Measured(gradients, norms / grad_scale.to(norms.device, non_blocking=True))
+        norms = gradients.norms(widest(gradients.device))
+        return Measured(gradients, norms / moved(grad_scale, norms.device))
 
     def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
@@ -160,7 +166,7 @@ class Pipeline:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         gradients, norms = measured
-        if self._mode == "deferred" or (self._mode == "auto" and gradients.device.type in _DEFERRED_BY_ITSELF):
+        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
             return self._decide_on_device(gradients, norms, found_inf)
         if found_inf is not None and found_inf.item():
             return {}
@@ -173,8 +179,7 @@ class Pipeline:
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
-            keep = (steps.scale > 0.0).all() if self._options["nonfinite"] != "pass" else None
-            gradients.scale_on_device_(steps.scale, keep)
+            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
         elif is_dropped(steps):
             gradients.zero_()
         else:
@@ -182,18 +187,13 @@ class Pipeline:
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
-            if gradients.device.type == "mps":
-                raise AutoClipValueError(
-                    'mode="deferred" needs float64 for thresholds that are exact, which MPS lacks; use "immediate".'
-                )
             self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
         measured = norms = norms.double()
-        # What is not seen is handed on as a negative norm.
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
-            norms = torch.where(is_repeat, -1.0, norms)
+            norms = torch.where(is_repeat, NOT_SEEN, norms)
         if found_inf is not None:
-            norms = torch.where(found_inf.to(norms.device, non_blocking=True) > 0, -1.0, norms)
+            norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
@@ -243,5 +243,11 @@ def is_dropped(steps: dict[int, ClipStep]) -> bool:
 
 
 def _found(norms: list[float]) -> dict[int, float]:
-    """Return the norms by their groups, without those that no gradient has (NaN is found)."""
-    return {index: norm for index, norm in enumerate(norms) if not norm < 0.0}
+    """Return the norms by their groups, without those that are `NOT_SEEN`."""
+    return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
+
+
+def _is_deferred_on(gradients: Gradients) -> bool:
+    """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
+    devices = gradients.devices or {gradients.device}
+    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)

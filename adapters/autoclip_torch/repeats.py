@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.gradients import moved
 
 if TYPE_CHECKING:
     from autoclip_core import ClipStep
@@ -46,7 +47,7 @@ class Repeats:
         # The scale rounds each element by half a unit.
         self._tolerance = max(1e-5, torch.finfo(torch.float32 if first is None else first.dtype).eps / 2)
         if isinstance(steps, DeviceStep):
-            self._norms = torch.where((steps.scale > 0.0).all(), steps.norm * steps.scale, 0.0)
+            self._norms = steps.norm * steps.scale  # NaN of a group that is dropped, and then all gradients are zeros
         elif any(step.scale == 0.0 for step in steps.values()):
             self._norms = dict.fromkeys(steps, 0.0)
         else:
@@ -71,7 +72,8 @@ class Repeats:
         """Return the same as a tensor, shape (), or None if they cannot be."""
         if not isinstance(self._norms, Tensor) or not self._is_untouched(gradients):
             return None
-        left = self._norms.to(norms.device)
+        left = moved(self._norms, norms.device)
+        left = torch.where(left.isnan().any(), 0.0, left)
         same: Tensor = ((norms - left).abs() <= self._tolerance * norms.abs()).all()
         return same
 

@@ -71,7 +71,7 @@ def assert_same_steps(deferred, immediate):
     ids=str,
 )
 def test_deferred_steps_are_those_of_the_host(options, late):
-    count = 10_000 if len(options) <= 2 and options["percentile"] < 50 else 1_000
+    count = 3_000 if len(options) <= 2 and options["percentile"] < 50 else 1_000
     makers = [lambda p: AutoClip([p], mode="deferred", **options), lambda p: AutoClip([p], mode="immediate", **options)]
     most = 0
     for _, clips, steps, params in run(norms_of_a_run(count), makers):

@@ -25,9 +25,11 @@ def clip_with(norms, window=None):
 
 def threshold_of(clip, pending, percentile):
     table = np.array([arrays.deferred_table(clip, len(pending), percentile)])
-    threshold, recorded = arrays.deferred_threshold(np, table, np.array([pending]), percentile, clip.history.window)
-    assert threshold.shape == recorded.shape == (1,)
-    return threshold[0], recorded[0]
+    threshold, limit, recorded = arrays.deferred_threshold(np, table, arrays.norm_to_remember(np, np.array([pending])))
+    assert threshold.shape == limit.shape == (1,)
+    assert recorded.shape == (1, len(pending))
+    assert threshold == limit
+    return threshold[0], recorded[0].tolist()
 
 
 def expected_threshold(norms, pending, percentile, window):
@@ -48,7 +50,7 @@ def test_deferred_threshold_is_that_of_the_union(window):
         threshold, recorded = threshold_of(clip_with(norms, window), pending.tolist(), percentile)
         expected, any_recorded = expected_threshold(norms, pending.tolist(), percentile, window)
         assert_same_bits(threshold, expected)
-        assert recorded == len(norms) + sum(0.0 < norm < inf for norm in pending)
+        assert recorded == [0.0 < norm < inf for norm in pending]
         tried += any_recorded
     assert tried > 600
 
@@ -65,32 +67,33 @@ def test_deferred_threshold_of_a_long_history(shape):
 
 def test_rows_of_several_histories_make_one_array():
     clips = [clip_with([]), clip_with([1.0]), clip_with([3.0, 1.0, 2.0] * 50)]
-    pending = np.array([[1.5, nan], [0.5, 4.0], [0.0, 2.5]])
+    pending = np.array([[1.5, inf], [0.5, 4.0], [inf, 2.5]])
     table = np.array([arrays.deferred_table(clip, 2, 30.0) for clip in clips])
-    thresholds, _ = arrays.deferred_threshold(np, table, pending, 30.0, None)
+    thresholds, _, _ = arrays.deferred_threshold(np, table, pending)
     for clip, row, threshold in zip(clips, pending.tolist(), thresholds, strict=True):
         assert_same_bits(threshold, threshold_of(clip, row, 30.0)[0])
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_rows_stand_alone_or_in_arrays_of_any_shape(window):
+def test_tables_stand_alone_or_in_arrays_of_any_shape(window):
     clip, pending = clip_with([3.0, 1.0, 2.0, 5.0], window), [4.0, 2.5]
-    row = np.array(arrays.deferred_table(clip, 2, 30.0))
+    alone = np.array(arrays.deferred_table(clip, 2, 30.0))
     expected, recorded = threshold_of(clip, pending, 30.0)
     for shape in [(), (1, 1), (2, 3, 1)]:
-        table, norms = (np.broadcast_to(values, (*shape, len(values))) for values in (row, pending))
-        threshold, count = arrays.deferred_threshold(np, table, norms, 30.0, window)
-        assert threshold.shape == count.shape == shape
+        table, norms = (np.broadcast_to(values, (*shape, *values.shape)) for values in (alone, np.array(pending)))
+        threshold, limit, entered = arrays.deferred_threshold(np, table, norms)
+        assert threshold.shape == limit.shape == shape
         assert (threshold == expected).all()
-        assert (count == recorded).all()
+        assert (entered == recorded).all()
 
 
 @pytest.mark.parametrize("window", [None, 4, 5, 200])
 def test_rows_are_of_one_length_whatever_the_history_and_the_percentile(window):
     clips = [clip_with(make_norms("log-normal", count).tolist(), window) for count in (0, 1, 2, 5, 150, 300)]
     for pending in range(1, 5):
-        lengths = {len(arrays.deferred_table(clip, pending, p)) for clip in clips for p in (*PERCENTILES, 90.0, 98.5)}
-        assert len(lengths) == 1
+        tables = [arrays.deferred_table(clip, pending, p) for clip in clips for p in (*PERCENTILES, 90.0, 98.5)]
+        assert {len(table) for table in tables} == {pending + 1}
+        assert len({len(row) for table in tables for row in table}) == 1
 
 
 @pytest.mark.filterwarnings(
@@ -115,6 +118,43 @@ def test_decide_does_what_the_core_does(options):
         assert decided[2] == step.clipped
         clipped += step.clipped
     assert clipped
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The gradient norm", "ignore:invalid value", "ignore:divide by zero", "ignore:overflow"
+)
+@pytest.mark.parametrize("window", [None, 4, 20])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"warmup": 7}, {"max_threshold": 0.7}, {"warmup": 7, "max_threshold": 0.7}, {"nonfinite": "pass"}],
+)
+def test_deferred_steps_are_those_of_the_core(options, window):
+    random = np.random.default_rng(window or 0)
+    limits = {"warmup": options.get("warmup", 0), "max_threshold": options.get("max_threshold", inf)}
+    clip, behind, waiting, clipped = AutoClip(window=window, **options), AutoClip(window=window, **options), [], 0
+    for norm in np.abs(random.choice([*LIKELY[:5], *LIKELY[6:], *random.lognormal(size=40)], 2000)).tolist():
+        clip.percentile = float(random.choice([*PERCENTILES, 10.0, 10.0, 10.0]))
+        for _ in range(int(random.choice([0, 1, 2, len(waiting)])) if len(waiting) < 4 else 1):
+            if waiting:
+                behind.observe(waiting.pop(0))
+        waiting.append(norm)
+        table = np.array(arrays.deferred_table(behind, len(waiting), clip.percentile, **limits))
+        pending = arrays.norm_to_remember(np, np.array(waiting))
+        threshold, limit, recorded = arrays.deferred_threshold(np, table, pending, warmup=limits["warmup"])
+        scale = arrays.deferred_scale(np, np.float64(norm), limit, nonfinite=options.get("nonfinite", "skip"))
+        step = clip.observe(norm)
+        assert_same_bits([threshold, scale], [step.threshold, step.scale])
+        assert recorded[-1] == step.recorded
+        assert (scale < recorded[-1]) == step.clipped
+        clipped += step.clipped
+    assert clipped
+
+
+def test_deferred_scale_of_a_norm_that_was_not_seen_is_1():
+    with np.errstate(divide="ignore"):
+        for limit in (5e-324, 1.0, inf):
+            for nonfinite in ("skip", "raise", "pass"):
+                assert arrays.deferred_scale(np, np.float64(-0.0), np.float64(limit), nonfinite=nonfinite) == 1.0
 
 
 def assert_within_an_ulp(found, expected):
