@@ -1,4 +1,4 @@
-/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for every door. */
+/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for all that interpolate. */
 #ifndef AUTOCLIP_PERCENTILE_H
 #define AUTOCLIP_PERCENTILE_H
 

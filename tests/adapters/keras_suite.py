@@ -21,6 +21,7 @@ from autoclip_core import (
     StateError,
 )
 
+from . import test_golden
 from .contract import ByStep, CompiledContract, Way, WindowContract
 
 BACKEND = keras.config.backend()
@@ -337,6 +338,11 @@ def test_model_is_exported_without_its_optimizer(tmp_path):
     np.testing.assert_allclose(served.serve(X[:3]), model.predict(X[:3], verbose=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("file", "name", "home"), test_golden.golden(f"keras-{BACKEND}"))
+def test_state_of_an_earlier_release_goes_on(file, name, home):
+    test_golden.check_keras(file, name, home)
+
+
 @on_tensorflow
 @pytest.mark.parametrize("accumulate", [None, 5])
 def test_checkpoint_of_tensorflow_holds_all(accumulate, tmp_path):
@@ -553,25 +559,25 @@ def test_history_is_in_the_keras_file(tmp_path):
 
 
 @on_tensorflow
-def test_history_does_not_serve_with_jit_compile_and_the_error_says_what_does():
+def test_history_is_not_for_jit_compile_and_the_error_says_what_is():
     model = make_model(make_optimizer(history=NormHistory()), jit_compile=True)
-    with pytest.raises(Exception, match="history_does_not_serve_with_jit_compile_so_give_window_instead"):
+    with pytest.raises(Exception, match="history_is_not_for_jit_compile_so_give_window_instead"):
         fit(model)
 
 
 @on_torch
-def test_operations_of_keras_serve_where_the_kernel_cannot_be_called(monkeypatch):
-    from autoclip_tensorflow import direct
+def test_operations_of_keras_do_without_the_kernel(monkeypatch):
+    from autoclip_tensorflow import dense
 
-    monkeypatch.setattr(direct, "_library", lambda: None)
+    monkeypatch.setattr(dense, "_library", lambda: None)
     model = make_model(make_optimizer(window=10))
     fit(model)
     assert_like_reference(model, reference(window=10))
-    with pytest.raises(BackendError, match="where PyTorch has the variables on the CPU and the kernel is compiled"):
+    with pytest.raises(BackendError, match="for PyTorch with the variables on the CPU and a compiled kernel"):
         fit(make_model(make_optimizer(history=NormHistory())))
 
 
-def test_operations_serve_where_the_kernel_is_not_compiled(run_python, other_backend):
+def test_operations_do_where_the_kernel_is_not_compiled(run_python, other_backend):
     code = """
 import os, warnings
 os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
@@ -603,8 +609,8 @@ def test_state_without_its_history_is_refused():
         fit(model)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="there it serves")
-def test_history_is_refused_where_it_cannot_serve():
+@pytest.mark.skipif(BACKEND != "jax", reason="there it can be")
+def test_history_is_refused_where_it_cannot_be_reached():
     with pytest.raises(BackendError, match=f"this is its {BACKEND} backend; leave it out"):
         AutoClipOptimizer(keras.optimizers.SGD(), history=NormHistory())
 
@@ -702,7 +708,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "gradient_accumulation_steps=2 serves on one replica, but there are 2" in run_python(code)
+    assert "gradient_accumulation_steps=2 is for one replica, but there are 2" in run_python(code)
 
 
 @on_tensorflow

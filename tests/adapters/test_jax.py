@@ -160,7 +160,7 @@ def numpy_thresholds(norms, percentile, window=None):
     )
 
 
-def test_kernel_serves_where_it_is_there():
+def test_kernel_is_used_where_it_is_there():
     assert backend() == "native"
 
 
@@ -310,7 +310,7 @@ def test_history_of_another_run_is_refused():
     assert len(history) == 3
 
 
-def test_step_that_is_taken_again_is_remembered_once():
+def test_step_that_is_taken_again_is_recorded_once():
     history = NormHistory()
     tx = autoclip(history=history)
     state, _ = feed(tx, [1.0, 2.0, 3.0])
@@ -324,7 +324,7 @@ def test_history_that_is_gone_is_an_error():
     history = NormHistory()
     gone = history.shared_id
     del history
-    step = jax.jit(lambda: kernel.observe_tree(gone, jnp.int32(0), jnp.ones(1), jnp.float32(1.0), 10.0))
+    step = jax.jit(lambda: kernel.observe_tree(gone, jnp.ones(1), jnp.int32(0), jnp.float32(1.0), 10.0))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no history with this id"):
         jax.block_until_ready(step())
 
