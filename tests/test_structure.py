@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
     "adapters/autoclip_tensorflow/clip.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
-    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy",
+    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy torch",
     "adapters/autoclip_tensorflow/graph.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/logger.py": "autoclip_core autoclip_tensorflow keras",
     "adapters/autoclip_tensorflow/optimizer.py": "autoclip_core autoclip_tensorflow keras numpy",
