@@ -73,10 +73,10 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
     ) -> None:
         super().__init__(name=name)
         options = Options(window, history, warmup, nonfinite, max_threshold)
-        state = first_state(options, percentile)  # before TensorFlow wraps what it finds in attributes
+        state = first_state(options, percentile)
         if history is not None:
             check_history()
-        self._options = options
+        self._options = options  # once they are known to be good: tf.Module wraps what it is given
         self._state = {
             key: tf.Variable(value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             for key, value in state.items()

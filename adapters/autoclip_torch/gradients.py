@@ -48,6 +48,7 @@ class Gradients:
     first: Tensor | None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
     plain: bool  # whether there are no DTensors
+    joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
 
     def __init__(
         self,
@@ -112,6 +113,13 @@ class Gradients:
         """The groups that have gradients on this rank; a single group even if it has none."""
         return {0} if self.count == 1 else {index for _, indices in self._lists.values() for index in indices}
 
+    @property
+    def carry_graph(self) -> bool:
+        """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
+        if self.first is None or not self.first.requires_grad:
+            return False
+        return not any(tensor._is_view() for tensors, _ in self._lists.values() for tensor in tensors)
+
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
@@ -143,7 +151,9 @@ class Gradients:
             sums.update(zip(sharded, joint, strict=True))
         total = torch.stack(list(sums.values())).sum(0)
         if self._process_group is not None:
+            own = total[0].clone()
             torch.distributed.all_reduce(total, group=self._process_group)
+            self.joint = torch.cat([total[0], own])
         norms = total[0].sqrt()
         return norms if self.count == 1 else torch.where(total[1] > 0, norms, NOT_SEEN)
 

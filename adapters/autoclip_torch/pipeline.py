@@ -12,12 +12,15 @@ import warnings
 from collections import deque
 from math import copysign, hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
+from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
@@ -51,7 +54,10 @@ class Pipeline:
         options: the other arguments of the core.
         mode: "auto", "immediate" or "deferred".
         process_group: the processes over which to add up norms.
+        check_ranks: the processes that must see the same norms and thresholds.
     """
+
+    advice = "it belongs between loss.backward() and zero_grad(), on the parameters that are trained"
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Pipeline:
         options: dict[str, Any],
         mode: Mode,
         process_group: ProcessGroup | None,
+        check_ranks: ProcessGroup | bool,  # noqa: FBT001 - as the user gives it
     ) -> None:
         if mode not in get_args(Mode):
             raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
@@ -71,8 +78,11 @@ class Pipeline:
         self._options = options
         self._mode = mode
         self._process_group = process_group
+        self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
+        self._may_be_copies = process_group is not None
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
+        self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,14 +94,15 @@ class Pipeline:
         """Return a clip for one more group."""
         return AutoClip(self._percentile, **self._options)
 
-    def replace(self, clips: dict[str, AutoClip]) -> None:
+    def replace(self, clips: dict[str, AutoClip], shares: Iterable[float] = ()) -> None:
         """Go on with other clips of the same groups, and forget all that was on its way."""
         self._clips = clips
         self._percentile = next(iter(clips.values())).percentile
         self._deferred: Deferred | None = None
+        self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
         self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
-        self.clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)  # of the groups, at each step
+        self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
 
     @property
     def percentile(self) -> float:
@@ -120,9 +131,17 @@ class Pipeline:
         if self._deferred is not None:
             self._deferred.receive(wait=wait)
 
+    def refuse_parts(self, params: Iterable[Tensor]) -> None:
+        """Raise if norms of these parameters would not be those of the whole gradient."""
+        refuse_parts(params, self._process_group)
+
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
+        # An engine may have taken them since: it takes all that are trained, so one of them tells.
+        if (param := next(filter(_is_trained, self.groups.params), None)) is not None:
+            self.refuse_parts([param])
         if self.groups.refresh():
+            self.refuse_parts(self.groups.params)
             clips = self.clips
             self._clips = {name: clips.get(name) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
@@ -132,8 +151,21 @@ class Pipeline:
 
         Args:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
+
+        Raises:
+            AutoClipError: these are not all gradients yet.
+            NonFiniteNormError: an earlier, deferred step had no finite norm; nothing is done yet.
         """
+        if torch._C._current_graph_task_id() != -1 and len(self.groups) > 1:
+            raise AutoClipError(
+                f"A step inside backward() sees some of the {len(self.groups)} gradients only, and would take their "
+                "norm for that of all; make the step after backward(), or give each tensor an optimizer of its own."
+            )
         self.refresh()
+        self.receive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         device = self._deferred.device if self._deferred is not None else None
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
         if is_capturing(gradients.device):
@@ -144,16 +176,34 @@ class Pipeline:
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
-                "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
-                "loss.backward() and zero_grad(), on the parameters that are trained.",
+                f"No parameter has a gradient, so AutoClip had nothing to clip or to remember; {self.advice}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
         if grad_scale is None:
-            return Measured(gradients, gradients.norms())
-        # A norm that is not unscaled yet may be beyond float32.
-        norms = gradients.norms(widest(gradients.device))
-        return Measured(gradients, norms / moved(grad_scale, norms.device))
+            norms = gradients.norms()
+        else:  # a norm that is not unscaled yet may be beyond float32
+            norms = gradients.norms(widest(gradients.device))
+            norms = norms / moved(grad_scale, norms.device)
+        if self._may_be_copies:
+            self._suspect_copies(gradients)
+        return Measured(gradients, norms)
+
+    def _suspect_copies(self, gradients: Gradients) -> None:
+        """Warn if every rank of the process group has the same norm, in the first step in which there is one."""
+        joint, own = (0.0, 0.0) if gradients.joint is None else gradients.joint.tolist()
+        if not 0.0 < joint < inf:
+            return
+        self._may_be_copies = False
+        ranks = torch.distributed.get_world_size(self._process_group)
+        if ranks > 1 and abs(joint - ranks * own) <= 1e-12 * joint:
+            warnings.warn(
+                f"All {ranks} ranks of process_group have a gradient of the same norm, {own**0.5:g}. If each has the "
+                "whole gradient, as under DDP, leave process_group out: AutoClip adds up the norms of parts, so norms "
+                f"and thresholds are {ranks**0.5:.3g} times too large.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
@@ -166,6 +216,7 @@ class Pipeline:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         gradients, norms = measured
+        self.agree(norms)
         if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
             return self._decide_on_device(gradients, norms, found_inf)
         if found_inf is not None and found_inf.item():
@@ -174,10 +225,39 @@ class Pipeline:
         found = _found(norms.tolist())
         if self.repeats.has(gradients, found):
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
-        return self._observe(found)
+        return self.observe(found)
+
+    def agree(self, norms: Tensor) -> None:
+        """Compare norms, shape (groups,), and the thresholds before them with the other ranks, if that is due.
+
+        Raises:
+            AutoClipError: they differ.
+        """
+        if self._agreement is not None and self._agreement.is_due():
+            self._agreement.check(norms.tolist(), [clip.threshold for clip in self.clips.values()], norms.device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Change the gradients as decided."""
+        """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
+        if gradients.carry_graph:
+            with torch.enable_grad():
+                self._apply(gradients, steps)
+        else:
+            self._apply(gradients, steps)
+
+    def leave(
+        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
+    ) -> None:
+        """Remember the gradients as they are left, so as to know them again.
+
+        Args:
+            gradients: measured before.
+            steps: what was decided.
+            may_keep_nonfinite: whether those of a dropped step are as they were, and not zeros.
+        """
+        may_keep_nonfinite |= self._options["nonfinite"] == "pass"
+        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite)
+
+    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         if isinstance(steps, DeviceStep):
             gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
         elif is_dropped(steps):
@@ -187,7 +267,13 @@ class Pipeline:
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
-            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
+            me = WeakMethod(self._receive)  # what holds itself is freed late: when Python looks for such things
+
+            def report(norms: list[float], percentile: float) -> None:
+                if (receive := me()) is not None:
+                    receive(norms, percentile)
+
+            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, report)
         measured = norms = norms.double()
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
@@ -197,18 +283,22 @@ class Pipeline:
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
-        """Take in the norms of a deferred step, and the percentile that it had."""
-        now = self._percentile
-        if percentile == now:
-            self._observe(_found(norms))
-            return
-        self.percentile = percentile
-        try:
-            self._observe(_found(norms))
-        finally:
-            self.percentile = now
+        """Take in the norms of a deferred step, and the percentile that it had.
 
-    def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
+        An error waits for the next step: whoever reads a history, or loads an older one, did nothing wrong.
+        """
+        now = self._percentile
+        if percentile != now:
+            self.percentile = percentile
+        try:
+            self.observe(_found(norms))
+        except NonFiniteNormError as error:
+            self._error = self._error or error
+        finally:
+            if percentile != now:
+                self.percentile = now
+
+    def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
         items = list(self._clips.items())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
@@ -235,6 +325,10 @@ class Pipeline:
         if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
             self._plateau = None
             warnings.warn(odd, RuntimeWarning, stacklevel=5)
+
+
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad
 
 
 def is_dropped(steps: dict[int, ClipStep]) -> bool:

@@ -260,7 +260,9 @@ autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double 
     struct place *place = acquire(id);
     if (place == NULL) return AUTOCLIP_NO_HISTORY;
     struct step taken = {.number = step, .norm = norm, .percentile = percentile};
+    const float_mode mode = float_mode_enter();
     const autoclip_status status = take_step(place, &taken, previous);
+    float_mode_leave(mode);
     lock_release(&place->lock);
     if (status == AUTOCLIP_OK) *threshold = taken.threshold;
     return status;
