@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
     "adapters/autoclip_torch/gradients.py": "torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",

@@ -395,15 +395,35 @@ def test_sparse_gradients_are_coalesced_before_they_are_measured(are_coalesced):
     assert embedding.weight.grad.to_dense()[[0, 1, 7]].tolist() == [[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]]
 
 
-def test_gradients_that_carry_a_graph_are_scaled():
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_gradients_that_carry_a_graph_are_scaled(mode):
     param = nn.Parameter(torch.tensor([3.0, 4.0]))
-    clip = AutoClip(param, 0.0)
+    clip = AutoClip(param, 0.0, mode=mode)
     for factor in (0.5, 1.0):
         (param.grad,) = torch.autograd.grad(factor * param.square().sum(), param, create_graph=True)
-        made_by = param.grad.grad_fn
         clip.step()
-        assert param.grad.grad_fn is made_by
     assert param.grad.tolist() == pytest.approx([3.0, 4.0])
+    # A half of (x^2)' is clipped away, and so of (x^2)'': in the graph the scale is a constant.
+    assert torch.autograd.grad(param.grad.sum(), param)[0].tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_meta_gradients_pass_through_differentiable_steps(attached, mode):
+    """The derivative of what is learned with respect to a factor of the loss."""
+    factor, slope = torch.tensor(1.0, requires_grad=True), torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, differentiable=True)
+    learned = optimizer.param_groups[0]["params"][0] = torch.zeros(2, requires_grad=True).clone()
+    clip = (attach if attached else AutoClip)(optimizer, 0.0, mode=mode)
+    for size in (1.0, 4.0):  # norms of 5 and 20: the second gradient is scaled to a quarter
+        loss = factor * size * (slope * learned).sum()
+        (learned.grad,) = torch.autograd.grad(loss, learned, create_graph=True)
+        if not attached:
+            clip.step()
+        optimizer.step()
+    assert learned.tolist() == pytest.approx([-0.6, -0.8])
+    (derivative,) = torch.autograd.grad(learned.sum(), factor)
+    assert derivative.item() == pytest.approx(-0.1 * (1.0 + 0.25 * 4.0) * 7.0)
 
 
 # Norms that are not finite
@@ -689,7 +709,7 @@ def test_detach_ends_the_clipping_and_keeps_the_history():
 def test_two_clippers_on_one_optimizer_are_refused():
     optimizer = OPTIMIZERS["sgd"](make_model().parameters())
     attach(optimizer)
-    with pytest.raises(AutoClipError, match="This SGD has an AutoClip attached already"):
+    with pytest.raises(AutoClipError, match="SGD has an AutoClip attached already"):
         attach(optimizer)
 
 
@@ -934,7 +954,7 @@ def test_examples_in_the_docstrings_are_true():
 
 
 def test_public_names_are_those_that_the_package_lists():
-    assert sorted(autoclip_torch.__all__) == ["AutoClip", "ClipStep", "attach"]
+    assert sorted(autoclip_torch.__all__) == ["AutoClip", "ClipStep", "attach", "attached"]
     assert autoclip_torch.ClipStep is autoclip_core.ClipStep
 
 
