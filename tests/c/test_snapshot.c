@@ -244,6 +244,32 @@ static void test_snapshot_of_a_later_minor_is_read(void) {
     }
 }
 
+/* Headers that lie, sealed, in this minor and in a later one. */
+static void test_header_that_lies_about_additions_is_refused(void) {
+    static const struct {
+        size_t at, size;
+        uint64_t value;
+    } lies[] = {{8, 2, 0},           {12, 4, 0},         {12, 4, 56}, {12, 4, 65}, {12, 4, 72},
+                {12, 4, 64 + 8 * 6}, {24, 8, 4},         {24, 8, 6},  {32, 8, 9},  {12, 4, UINT32_MAX - 7},
+                {16, 8, 1},          {24, 8, UINT64_MAX}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; ++i) {
+        for (uint64_t minor = 0; minor < 2; ++minor) {
+            unsigned char bytes[SNAPSHOT_SIZE(5) + 4];
+            test_now.step = i;
+            snapshot_write(bytes, 0, five_norms, 5);
+            bytes_put(bytes + 10, minor, 2);
+            bytes_put(bytes + lies[i].at, lies[i].value, lies[i].size);
+            snapshot_seal(bytes, SNAPSHOT_SIZE(5));
+            require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, SNAPSHOT_SIZE(5));
+            if (i > 0) continue;
+            memset(bytes + SNAPSHOT_SIZE(5), 0, 4);
+            bytes_put(bytes + 8, 1, 2);
+            snapshot_seal(bytes, sizeof bytes); /* of no whole number of norms */
+            require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, sizeof bytes);
+        }
+    }
+}
+
 /* Norms that no history can hold, sealed; each at every place of small and of larger snapshots. */
 static void test_snapshot_with_impossible_norms_is_refused(void) {
     static const double bad[] = {(double)NAN, (double)-NAN, (double)INFINITY, (double)-INFINITY};
@@ -361,6 +387,6 @@ static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
 TEST_MAIN(TEST(test_snapshot_round_trip_keeps_every_byte), TEST(test_snapshot_of_a_window_continues),
           TEST(test_snapshot_with_one_flipped_bit_is_refused), TEST(test_snapshot_of_another_length_is_refused),
           TEST(test_snapshot_whose_header_lies_is_refused), TEST(test_snapshot_of_a_newer_format_is_named_as_such),
-          TEST(test_snapshot_of_a_later_minor_is_read), TEST(test_snapshot_with_impossible_norms_is_refused),
-          TEST(test_snapshot_never_brings_a_negative_zero), TEST(test_save_needs_the_whole_size),
-          TEST(test_snapshot_with_random_damage_is_refused_or_sound));
+          TEST(test_snapshot_of_a_later_minor_is_read), TEST(test_header_that_lies_about_additions_is_refused),
+          TEST(test_snapshot_with_impossible_norms_is_refused), TEST(test_snapshot_never_brings_a_negative_zero),
+          TEST(test_save_needs_the_whole_size), TEST(test_snapshot_with_random_damage_is_refused_or_sound));
