@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autoclip_core import AutoClipError, AutoClipTypeError
+from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.gradients import moved
 from autoclip_torch.pipeline import is_dropped
 
@@ -46,6 +47,7 @@ def attach(
     scope: Scope | Callable[[str], str] = "global",
     mode: Mode = "auto",
     process_group: ProcessGroup | None = None,
+    check_ranks: ProcessGroup | bool = False,
     window: int | None = None,
     warmup: int = 0,
     nonfinite: Literal["skip", "raise", "pass"] = "skip",
@@ -64,6 +66,9 @@ def attach(
 
     `optimizer.state_dict()` stays as it was: save the AutoClip's own state beside it.
 
+    A DeepSpeed engine, its optimizer, or what Accelerate or Fabric make of it, is attached to as by
+    `autoclip_torch.deepspeed.attach`.
+
     Args: as `AutoClip`, for the parameters of all groups, those added later included.
 
     Returns:
@@ -71,7 +76,8 @@ def attach(
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already, or changes parameters during backward().
+        AutoClipError: the optimizer has an AutoClip already, or changes parameters during backward(), or its parameters
+            belong to an engine (see `AutoClip`).
 
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -81,6 +87,22 @@ def attach(
     >>> clip.steps
     1
     """
+    options: dict[str, Any] = {
+        "check_ranks": check_ranks,
+        "window": window,
+        "warmup": warmup,
+        "nonfinite": nonfinite,
+        "max_threshold": max_threshold,
+    }
+    if (engine := deepspeed_in(optimizer)) is not None:
+        from autoclip_torch import deepspeed
+
+        if scope != "global" or mode == "deferred" or process_group is not None:
+            raise AutoClipValueError(
+                "DeepSpeed measures one norm of all parameters on all ranks by itself; leave out scope, mode and "
+                "process_group."
+            )
+        return deepspeed.attach(engine, percentile, **options)
     if not isinstance(optimizer, Optimizer):
         raise AutoClipTypeError(
             f"attach takes a torch.optim.Optimizer, but a {type(optimizer).__name__} was given; for parameters or a "
@@ -99,17 +121,7 @@ def attach(
             f"This {type(optimizer).__name__} has an AutoClip attached already, and a second one would record norms "
             "that are clipped; use the first one, or detach() it."
         )
-    clip = AutoClip(
-        optimizer,
-        percentile,
-        scope=scope,
-        mode=mode,
-        process_group=process_group,
-        window=window,
-        warmup=warmup,
-        nonfinite=nonfinite,
-        max_threshold=max_threshold,
-    )
+    clip = AutoClip(optimizer, percentile, scope=scope, mode=mode, process_group=process_group, **options)
     hooks = _Hooks(clip._pipeline, optimizer)
     handles = [
         # What reads values on the host is not for torch.compile to trace.

@@ -11,6 +11,7 @@ import torch
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, ClipStep, NormHistory, StateError
 from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.groups import Groups, Parameters, Scope
 from autoclip_torch.pipeline import Mode, Pipeline
 
@@ -37,6 +38,8 @@ class AutoClip:
             decides, from the same history and to the same bits, and nobody waits. "auto": deferred on CUDA and XPU.
         process_group: where parameters are spread over processes without being DTensors (the stages of a pipeline,
             FSDP1), the processes over which to add up their norms. Needs the global scope.
+        check_ranks: the processes that train one model, True for all: they compare norms and thresholds in the steps
+            1, 2, 4, ... and then rarely, and raise AutoClipError if they differ.
         window: remember only the last `window` norms; None, the paper's choice, remembers all.
         warmup: do not clip before this many norms have been remembered.
         nonfinite: what a NaN or infinite norm does. "skip": all gradients become zeros; warns once. "raise":
@@ -46,6 +49,8 @@ class AutoClip:
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used, or there are no parameters.
+        AutoClipError: the parameters belong to an engine that keeps their gradients, or the norms of their parts, to
+            itself (also later: in the step after it has taken them).
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> clip = AutoClip([weight], percentile=50.0)
@@ -71,13 +76,19 @@ class AutoClip:
         scope: Scope | Callable[[str], str] = "global",
         mode: Mode = "auto",
         process_group: ProcessGroup | None = None,
+        check_ranks: ProcessGroup | bool = False,
         window: int | None = None,
         warmup: int = 0,
         nonfinite: Literal["skip", "raise", "pass"] = "skip",
         max_threshold: float | None = None,
     ) -> None:
+        if deepspeed_in(params) is not None:
+            raise AutoClipTypeError(
+                "DeepSpeed keeps the gradients of an engine to itself, so there is nothing to clip before its step(); "
+                "use autoclip_torch.deepspeed.attach(engine) instead."
+            )
         options = {"window": window, "warmup": warmup, "nonfinite": nonfinite, "max_threshold": max_threshold}
-        self._pipeline = Pipeline(Groups(params, scope), percentile, options, mode, process_group)
+        self._pipeline = Pipeline(Groups(params, scope), percentile, options, mode, process_group, check_ranks)
         self._step_untraced = _step_untraced()
 
     @property

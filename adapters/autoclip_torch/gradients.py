@@ -48,6 +48,7 @@ class Gradients:
     first: Tensor | None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
     plain: bool  # whether there are no DTensors
+    joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
 
     def __init__(
         self,
@@ -143,7 +144,9 @@ class Gradients:
             sums.update(zip(sharded, joint, strict=True))
         total = torch.stack(list(sums.values())).sum(0)
         if self._process_group is not None:
+            own = total[0].clone()
             torch.distributed.all_reduce(total, group=self._process_group)
+            self.joint = torch.cat([total[0], own])
         norms = total[0].sqrt()
         return norms if self.count == 1 else torch.where(total[1] > 0, norms, NOT_SEEN)
 

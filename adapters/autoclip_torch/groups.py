@@ -30,6 +30,9 @@ class Groups:
         AutoClipTypeError, AutoClipValueError: they cannot be used, or there are no parameters.
     """
 
+    params: list[Tensor]  # of all groups
+    by_name: dict[str, list[Tensor]]
+
     def __init__(self, source: Parameters, scope: Scope | Callable[[str], str]) -> None:
         if not callable(scope) and scope not in get_args(Scope):
             raise AutoClipValueError(
@@ -44,11 +47,11 @@ class Groups:
         self.scope = "function" if callable(scope) else scope
         self._optimizer = source if isinstance(source, Optimizer) else None
         named = _named_tensors(source) if self._optimizer is None else []
-        self._params = [param for _, param in named]
+        self.params = [param for _, param in named]
         self._listed: list[Tensor] = []  # as the optimizer has them
         self.by_name = self._grouped([name for name, _ in named])
         self.refresh()
-        if not self._params:
+        if not self.params:
             raise AutoClipValueError(
                 f"There are no parameters to clip in the {type(source).__name__} given; if it is a generator, it may "
                 "have been used up before."
@@ -56,7 +59,7 @@ class Groups:
 
     def __len__(self) -> int:
         """Return the number of parameters."""
-        return len(self._params)
+        return len(self.params)
 
     def refresh(self) -> bool:
         """Read the optimizer's parameters again; return whether they have changed."""
@@ -69,19 +72,19 @@ class Groups:
         self._listed = listed
         names = [name for index, group in enumerate(groups) for name in _names(index, group)]
         named = dict(zip(reversed(listed), reversed(names), strict=True))  # the first name of a tensor listed twice
-        self._params = list(dict.fromkeys(listed))
+        self.params = list(dict.fromkeys(listed))
         self.by_name = (
             {str(index): list(dict.fromkeys(group["params"])) for index, group in enumerate(groups)}
             if self.scope == "group"
-            else self._grouped([named[param] for param in self._params])
+            else self._grouped([named[param] for param in self.params])
         )
         return True
 
     def _grouped(self, names: list[str]) -> dict[str, list[Tensor]]:
         if self.scope == "global":
-            return {"global": self._params}
+            return {"global": self.params}
         grouped: dict[str, list[Tensor]] = {}
-        for name, param in zip(names, self._params, strict=True):
+        for name, param in zip(names, self.params, strict=True):
             group = name if self._group_of is None else self._group_of(name)
             if not isinstance(group, str):
                 raise AutoClipTypeError(

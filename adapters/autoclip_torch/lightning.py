@@ -21,6 +21,7 @@ except ImportError:
 
 from autoclip_core import AutoClipValueError, StateError
 from autoclip_torch.attach import attach
+from autoclip_torch.engines import deepspeed_in, fsdp1_group
 
 if TYPE_CHECKING:
     from autoclip_torch.clip import AutoClip
@@ -62,7 +63,12 @@ class AutoClipCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, which are as they will be used only now."""
         loaded, self._loaded = self._loaded, None
-        self.clips = [attach(optimizer, **self._options) for optimizer in trainer.optimizers]
+        options = self._options
+        if (group := fsdp1_group(trainer.model)) is not None:
+            options = {"process_group": group, **options}
+        engine = deepspeed_in(trainer.model)
+        optimizers: list[Any] = trainer.optimizers if engine is None else [engine]
+        self.clips = [attach(optimizer, **options) for optimizer in optimizers]
         if loaded is None:
             if trainer.ckpt_path is not None:
                 warnings.warn(

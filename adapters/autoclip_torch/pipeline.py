@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
+from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
+from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
@@ -51,6 +53,7 @@ class Pipeline:
         options: the other arguments of the core.
         mode: "auto", "immediate" or "deferred".
         process_group: the processes over which to add up norms.
+        check_ranks: the processes that must see the same norms and thresholds.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Pipeline:
         options: dict[str, Any],
         mode: Mode,
         process_group: ProcessGroup | None,
+        check_ranks: ProcessGroup | bool,  # noqa: FBT001 - as the user gives it
     ) -> None:
         if mode not in get_args(Mode):
             raise AutoClipValueError(f'mode must be "auto", "immediate" or "deferred", but {mode!r} was given.')
@@ -71,8 +75,11 @@ class Pipeline:
         self._options = options
         self._mode = mode
         self._process_group = process_group
+        self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
+        self._may_be_copies = process_group is not None
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
+        self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +127,16 @@ class Pipeline:
         if self._deferred is not None:
             self._deferred.receive(wait=wait)
 
+    def refuse_parts(self, params: Iterable[Tensor]) -> None:
+        """Raise if norms of these parameters would not be those of the whole gradient."""
+        refuse_parts(params, self._process_group)
+
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
+        # An engine may have taken them since: it takes all that are trained, so one of them tells.
+        self.refuse_parts([next(iter(filter(_is_trained, self.groups.params)), self.groups.params[0])])
         if self.groups.refresh():
+            self.refuse_parts(self.groups.params)
             clips = self.clips
             self._clips = {name: clips.get(name) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
@@ -150,10 +164,29 @@ class Pipeline:
                 stacklevel=3,
             )
         if grad_scale is None:
-            return Measured(gradients, gradients.norms())
-        # A norm that is not unscaled yet may be beyond float32.
-        norms = gradients.norms(widest(gradients.device))
-        return Measured(gradients, norms / moved(grad_scale, norms.device))
+            norms = gradients.norms()
+        else:  # a norm that is not unscaled yet may be beyond float32
+            norms = gradients.norms(widest(gradients.device))
+            norms = norms / moved(grad_scale, norms.device)
+        if self._may_be_copies:
+            self._suspect_copies(gradients)
+        return Measured(gradients, norms)
+
+    def _suspect_copies(self, gradients: Gradients) -> None:
+        """Warn if every rank of the process group has the same norm, in the first step in which there is one."""
+        joint, own = (0.0, 0.0) if gradients.joint is None else gradients.joint.tolist()
+        if not 0.0 < joint < inf:
+            return
+        self._may_be_copies = False
+        ranks = torch.distributed.get_world_size(self._process_group)
+        if ranks > 1 and abs(joint - ranks * own) <= 1e-12 * joint:
+            warnings.warn(
+                f"All {ranks} ranks of process_group have a gradient of the same norm, {own**0.5:g}. If each has the "
+                "whole gradient, as under DDP, leave process_group out: AutoClip adds up the norms of parts, so norms "
+                f"and thresholds are {ranks**0.5:.3g} times too large.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
@@ -166,6 +199,7 @@ class Pipeline:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
         gradients, norms = measured
+        self.agree(norms)
         if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
             return self._decide_on_device(gradients, norms, found_inf)
         if found_inf is not None and found_inf.item():
@@ -174,7 +208,16 @@ class Pipeline:
         found = _found(norms.tolist())
         if self.repeats.has(gradients, found):
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
-        return self._observe(found)
+        return self.observe(found)
+
+    def agree(self, norms: Tensor) -> None:
+        """Compare norms, shape (groups,), and the thresholds before them with the other ranks, if that is due.
+
+        Raises:
+            AutoClipError: they differ.
+        """
+        if self._agreement is not None and self._agreement.is_due():
+            self._agreement.check(norms.tolist(), [clip.threshold for clip in self.clips.values()], norms.device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
@@ -200,15 +243,15 @@ class Pipeline:
         """Take in the norms of a deferred step, and the percentile that it had."""
         now = self._percentile
         if percentile == now:
-            self._observe(_found(norms))
+            self.observe(_found(norms))
             return
         self.percentile = percentile
         try:
-            self._observe(_found(norms))
+            self.observe(_found(norms))
         finally:
             self.percentile = now
 
-    def _observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
+    def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
         items = list(self._clips.items())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
@@ -235,6 +278,10 @@ class Pipeline:
         if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
             self._plateau = None
             warnings.warn(odd, RuntimeWarning, stacklevel=5)
+
+
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad
 
 
 def is_dropped(steps: dict[int, ClipStep]) -> bool:

@@ -111,7 +111,8 @@ class AutoClipMixin(TrainerCallback):
         """Attach to the optimizer, which is as it will be used only now."""
         if self.clip is None or kwargs["optimizer"] is not self._autoclip_optimizer:
             self._autoclip_optimizer = kwargs["optimizer"]
-            self.clip = attach(self._autoclip_optimizer, **self._autoclip_options)
+            engine = getattr(self, "deepspeed", None)  # the optimizer alone does not know whether it clips
+            self.clip = attach(engine or self._autoclip_optimizer, **self._autoclip_options)
         if not self._autoclip_resumes:
             return
         file = Path(self._autoclip_resumes, _FILE)

@@ -161,6 +161,23 @@ def test_optimizer_that_overlaps_with_backward_is_refused(results):
         assert ["overlap_with_ddp=True" in message for message in messages] == [True]
 
 
+def test_no_rank_takes_a_part_for_the_whole(results):
+    expected = [
+        "process_group=model.process_group",
+        "process_group=model.process_group",
+        "The ranks [0, 1] of process_group share the same DTensors",
+        "All 2 ranks of process_group have a gradient of the same norm",
+        "in step 1 the norm is",
+        "in step 1 the norm is",
+        "in step 1 the threshold is",
+    ]
+    for messages in results(2, "parts_for_the_whole"):
+        refused, right = messages[: len(expected)], messages[len(expected) :]
+        for message, part in zip(refused, expected, strict=True):
+            assert part in message
+        assert right == [""] * 4
+
+
 @pytest.mark.parametrize("way", WAYS_OF_CHECKPOINTS, ids=str)
 def test_checkpoint_goes_on_with_another_number_of_ranks(results, alone, way):
     expected = alone(way)

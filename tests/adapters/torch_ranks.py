@@ -377,6 +377,57 @@ def collectives(rank, world, folder):
     return counted
 
 
+def errors_of(*calls):
+    """What each call raises, or warns of; an empty string if it does neither."""
+    messages = []
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                call()
+                messages.append(" ".join(str(warning.message) for warning in caught))
+            except AutoClipError as error:
+                messages.append(str(error))
+    return messages
+
+
+def parts_for_the_whole(rank, world, folder):
+    """What is said where a rank would take its part of the gradient for the whole, or the whole for a part."""
+
+    def step(layout, **options):
+        optimizer = layout.make_optimizer(layout.model.parameters())
+        clip = attach(optimizer, PERCENTILE, **options)
+        for batch in range(4):
+            optimizer.zero_grad()
+            layout.backward(batch)
+            optimizer.step()
+        return clip
+
+    def lose_the_state():
+        layout = DDP(rank, world)
+        clip = step(layout)
+        again = AutoClip(layout.model, PERCENTILE, check_ranks=True)
+        if rank == 0:
+            again.load_state_dict(clip.state_dict())
+        layout.backward(0)
+        again.step()
+
+    whole = {"process_group": dist.group.WORLD}
+    return errors_of(
+        lambda: step(FSDP1(rank, world)),
+        lambda: AutoClip(FSDP1(rank, world).model),
+        lambda: step(FSDP2(rank, world), **whole),
+        lambda: step(DDP(rank, world), **whole),
+        lambda: step(Pipeline(rank, world), check_ranks=True),
+        lambda: step(Pipeline(rank, world), mode="deferred", check_ranks=dist.group.WORLD),
+        lose_the_state,
+        lambda: step(Pipeline(rank, world), check_ranks=True, **whole),
+        lambda: step(FSDP2(rank, world), check_ranks=True, mode="deferred"),
+        lambda: step(FSDP2(rank, world), check_ranks=True, scope="parameter"),
+        lambda: step(DDP(rank, world), check_ranks=True),
+    )
+
+
 def overlap(rank, world, folder):
     """The error for an optimizer that does not wait for all gradients."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -431,6 +482,7 @@ def scenarios(world):
         found["collectives"] = collectives
     if world == 2:
         found["overlap"] = overlap
+        found["parts_for_the_whole"] = parts_for_the_whole
         for mode in ("immediate", "deferred"):
             found[f"placed_elsewhere {mode}"] = partial(placed_elsewhere, mode=mode)
             for scope in ("global", "parameter"):
