@@ -118,9 +118,9 @@ def make_norm(count: int, size: int, place: Place = HERE) -> Subject:
     return subject
 
 
-def make_authors(count: int, size: int, history: int) -> Subject:
+def make_authors(count: int, size: int, history: int, place: Place = HERE) -> Subject:
     """As published: the norm tensor by tensor on the host, a list, numpy.percentile, torch's clipping."""
-    subject = Subject(count, size)
+    subject = Subject(count, size, place)
     norms = (subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history)).tolist()
 
     def step() -> None:
