@@ -22,6 +22,7 @@ from autoclip_core import (
 )
 
 from ..core.reference import assert_survived, hostile_gradients  # noqa: TID252
+from . import test_golden
 
 BACKEND = keras.config.backend()
 RATE = 0.05
@@ -337,6 +338,11 @@ def test_model_is_exported_without_its_optimizer(tmp_path):
     np.testing.assert_allclose(served.serve(X[:3]), model.predict(X[:3], verbose=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("file", "name", "home"), test_golden.golden(f"keras-{BACKEND}"))
+def test_state_of_an_earlier_release_goes_on(file, name, home):
+    test_golden.check_keras(file, name, home)
+
+
 @on_tensorflow
 @pytest.mark.parametrize("accumulate", [None, 5])
 def test_checkpoint_of_tensorflow_holds_all(accumulate, tmp_path):
@@ -517,25 +523,25 @@ def test_history_is_in_the_keras_file(tmp_path):
 
 
 @on_tensorflow
-def test_history_does_not_serve_with_jit_compile_and_the_error_says_what_does():
+def test_history_is_not_for_jit_compile_and_the_error_says_what_is():
     model = make_model(make_optimizer(history=NormHistory()), jit_compile=True)
-    with pytest.raises(Exception, match="history_does_not_serve_with_jit_compile_so_give_window_instead"):
+    with pytest.raises(Exception, match="history_is_not_for_jit_compile_so_give_window_instead"):
         fit(model)
 
 
 @on_torch
-def test_operations_of_keras_serve_where_the_kernel_cannot_be_called(monkeypatch):
-    from autoclip_tensorflow import direct
+def test_operations_of_keras_do_without_the_kernel(monkeypatch):
+    from autoclip_tensorflow import dense
 
-    monkeypatch.setattr(direct, "_library", lambda: None)
+    monkeypatch.setattr(dense, "_library", lambda: None)
     model = make_model(make_optimizer(window=10))
     fit(model)
     assert_like_reference(model, reference(window=10))
-    with pytest.raises(BackendError, match="where PyTorch has the variables on the CPU and the kernel is compiled"):
+    with pytest.raises(BackendError, match="for PyTorch with the variables on the CPU and a compiled kernel"):
         fit(make_model(make_optimizer(history=NormHistory())))
 
 
-def test_operations_serve_where_the_kernel_is_not_compiled(run_python, other_backend):
+def test_operations_do_where_the_kernel_is_not_compiled(run_python, other_backend):
     code = """
 import os, warnings
 os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"] = "3", "0"
@@ -567,8 +573,8 @@ def test_state_without_its_history_is_refused():
         fit(model)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="there it serves")
-def test_history_is_refused_where_it_cannot_serve():
+@pytest.mark.skipif(BACKEND != "jax", reason="there it can be")
+def test_history_is_refused_where_it_cannot_be_reached():
     with pytest.raises(BackendError, match=f"this is its {BACKEND} backend; leave it out"):
         AutoClipOptimizer(keras.optimizers.SGD(), history=NormHistory())
 
@@ -626,7 +632,7 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
         ({"percentile": "10"}, AutoClipTypeError, "percentile"),
         ({"window": 0}, AutoClipValueError, "window"),
         ({"window": None}, AutoClipValueError, "give history=NormHistory"),
-        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in variables"),
+        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in arrays"),
         ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
         ({"nonfinite": "drop"}, AutoClipValueError, "nonfinite must be"),
         ({"warmup": -1}, AutoClipValueError, "warmup"),
@@ -684,7 +690,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "gradient_accumulation_steps=2 serves on one replica, but there are 2" in run_python(code)
+    assert "gradient_accumulation_steps=2 is for one replica, but there are 2" in run_python(code)
 
 
 @on_tensorflow

@@ -72,7 +72,7 @@ def ulps(actual, expected):
     return np.abs(actual - expected).max()
 
 
-def test_kernel_serves_where_it_is_there():
+def test_kernel_is_used_where_it_is_there():
     assert backend() == "native"
 
 
@@ -167,7 +167,7 @@ def test_rank_is_exact_in_the_longest_window():
 
 
 @pytest.mark.parametrize("home", HOMES)
-def test_zero_and_nonfinite_norms_are_not_remembered(home, make):
+def test_zero_and_nonfinite_norms_are_not_recorded(home, make):
     norms = [0.0, nan, 2.0, inf, 4.0, 0.0, nan]
     state, found = feed(make(home, 50.0, window=8) if home != "tree" else make(home, 50.0), norms)
     np.testing.assert_array_equal(found["clip_threshold"], [inf, inf, 2, 2, 3, 3, 3])
@@ -325,7 +325,7 @@ def test_history_of_another_run_is_refused():
     assert len(history) == 3
 
 
-def test_step_that_is_taken_again_is_remembered_once():
+def test_step_that_is_taken_again_is_recorded_once():
     history = NormHistory()
     tx = autoclip(history=history)
     state, _ = feed(tx, [1.0, 2.0, 3.0])
@@ -339,7 +339,7 @@ def test_history_that_is_gone_is_an_error():
     history = NormHistory()
     gone = history.shared_id
     del history
-    step = jax.jit(lambda: kernel.observe_tree(gone, jnp.int32(0), jnp.ones(1), jnp.float32(1.0), 10.0))
+    step = jax.jit(lambda: kernel.observe_tree(gone, jnp.ones(1), jnp.int32(0), jnp.float32(1.0), 10.0))
     with pytest.raises(jax.errors.JaxRuntimeError, match="no history with this id"):
         jax.block_until_ready(step())
 

@@ -20,7 +20,7 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, BackendError, N
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 tf = pytest.importorskip("tensorflow")
-from autoclip_tensorflow import AutoClip, kernel  # noqa: E402
+from autoclip_tensorflow import AutoClip, graph  # noqa: E402
 
 from ..core.reference import assert_survived, hostile_gradients  # noqa: E402, TID252
 
@@ -113,8 +113,8 @@ def test_hostile_gradients_spoil_nothing(mode):
     assert_survived(norms, kept[np.isfinite(kept)], params)
 
 
-def test_operations_of_tensorflow_serve_where_the_kernel_cannot(monkeypatch, trace):
-    monkeypatch.setattr(kernel, "_obstacle", lambda: "the sky is falling")
+def test_operations_of_tensorflow_do_without_the_kernel(monkeypatch, trace):
+    monkeypatch.setattr(graph, "_obstacle", lambda: "the sky is falling")
     clip, call = make("graph", window=20)
     core = Core(window=20)
     for norm in trace[:60]:
@@ -249,18 +249,18 @@ def test_history_is_shared_with_the_process():
 
 def test_tree_is_not_for_xla_and_the_error_says_what_is():
     clip = AutoClip(history=NormHistory())
-    with pytest.raises(tf.errors.InvalidArgumentError, match="so_give_window_instead"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="history_is_not_for_jit_compile_so_give_window_instead"):
         tf.function(clip, jit_compile=True)([tf.constant([1.0])])
 
 
 def test_tree_that_cannot_be_reached_is_refused(monkeypatch):
-    monkeypatch.setattr(kernel, "_obstacle", lambda: "the sky is falling")
+    monkeypatch.setattr(graph, "_obstacle", lambda: "the sky is falling")
     with pytest.raises(BackendError, match=r"the sky is falling.*variables keep the last `window` norms"):
         AutoClip(history=NormHistory())
 
 
 def test_tree_is_refused_where_tensorflow_has_no_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel, "_obstacle", kernel._obstacle.__wrapped__)
+    monkeypatch.setattr(graph, "_obstacle", graph._obstacle.__wrapped__)
     monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path))
     with pytest.raises(BackendError, match=r"no libtensorflow_framework in .*variables keep the last `window` norms"):
         AutoClip(history=NormHistory())
@@ -270,30 +270,30 @@ def test_tree_is_refused_where_tensorflow_has_no_library(monkeypatch, tmp_path):
     ("change", "message"),
     [
         ({"norm": np.ones(2, np.float32)}, "an input has a wrong size"),
-        ({"counts": np.zeros(3, np.int32)}, "an input has a wrong size"),
+        ({"recorded_steps": np.zeros(3, np.int32)}, "an input has a wrong size"),
         ({"norms": np.zeros((2, 0), np.float32)}, "no place for norms"),
         ({"norms": np.zeros((2, 1, 1), np.float32)}, "no place for norms"),
         ({"percentile": np.array([101, *[0] * 11], np.int32)}, "from 0 to 100"),
-        ({"rule": np.array([2**40, 0, 1])}, "There is no history with this id"),
+        ({"history": np.int64(2**40)}, "There is no history with this id"),
     ],
     ids=str,
 )
 def test_op_refuses_what_it_cannot_use(change, message):
     AutoClip(history=NormHistory())  # registers the op
     inputs = {
-        "rule": np.array([0, 0, 1]),
-        "max_threshold": np.float32(inf),
-        "percentile": np.zeros(12, np.int32),
         "norms": np.full((2, 3), inf, np.float32),
-        "counts": np.zeros(4, np.int32),
+        "recorded_steps": np.int32(0),
         "norm": np.float32(1.0),
+        "percentile": np.zeros(12, np.int32),
+        "history": np.int64(0),
     }
 
     @tf.function
     def call(inputs):
-        return tf.compat.v1.get_default_graph().create_op("AutoClipStep", list(inputs.values())).outputs
+        return tf.compat.v1.get_default_graph().create_op("AutoClipObserve", list(inputs.values())).outputs
 
-    assert call(tf.nest.map_structure(tf.constant, inputs))[2].numpy().tolist() == [1, 1, 1, 0]
+    norms, threshold = call(tf.nest.map_structure(tf.constant, inputs))
+    assert (norms.numpy().tolist(), threshold) == ([[1, inf, inf]] * 2, 1)
     with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.FailedPreconditionError), match=message):
         call(tf.nest.map_structure(tf.constant, inputs | change))
 
@@ -303,7 +303,7 @@ def test_kernel_knows_tensorflow_by_its_headers(tmp_path, absent):
         absent("needs a C compiler")
     source = (ROOT / "csrc/tensorflow/op.c").read_text(encoding="utf-8")
     numbers = re.findall(r"\b(TF_[A-Z_\d]+) = (\d+)", source)
-    assert len(numbers) == 5
+    assert len(numbers) == 4
     code = "".join(  # which the headers name as C++ does
         f"typedef struct {name} {name};\n"
         for name in ("TF_OpDefinitionBuilder", "TF_ShapeInferenceContext", "TF_ShapeHandle", "TF_DimensionHandle")
@@ -433,7 +433,7 @@ for history in (None, NormHistory()):
     [
         ({"percentile": -1}, AutoClipValueError, "percentile must be from 0 to 100, but -1"),
         ({"window": None}, AutoClipValueError, "give history=NormHistory"),
-        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in variables"),
+        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in arrays"),
         ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
         ({"warmup": -1}, AutoClipValueError, "warmup"),
         ({"history": 3}, AutoClipTypeError, "history must be a NormHistory or None, but a int"),
