@@ -59,8 +59,8 @@ class Pipeline:
 
     # Where the call belongs, for whoever finds no gradients.
     advice = (
-        "it belongs between loss.backward() and zero_grad(), on the parameters that are trained (where the tensors of a "
-        "module have been replaced, a new AutoClip)"
+        "it belongs between loss.backward() and zero_grad(), on the parameters that are trained (where the tensors of "
+        "a module have been replaced, a new AutoClip)"
     )
 
     def __init__(
