@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The oldest version that has all of this: a newer XLA serves it, and an older one would refuse a newer number. */
+/* The oldest version that has all of this: a newer XLA accepts it, and an older one would refuse a newer number. */
 enum { XLA_MAJOR = 0, XLA_MINOR = 1 };
 
 enum { XLA_EXTENSION_METADATA = 1 };

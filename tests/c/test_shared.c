@@ -1,4 +1,4 @@
-/* Shared histories: each door does what its namesake does, ids are never used twice, and threads and forks do no harm.
+/* Shared histories: each function does what its namesake does, ids are never used twice, and threads and forks do no harm.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -64,7 +64,7 @@ static void judge_shared(uint64_t id, const model *truth) {
     free(expected);
 }
 
-static void test_shared_doors_do_what_their_namesakes_do(void) {
+static void test_shared_functions_do_what_their_namesakes_do(void) {
     for (uint64_t window = 0; window <= 7; window += 7) {
         uint64_t id = make(window);
         uint64_t twin;
@@ -300,7 +300,7 @@ static void test_first_step_needs_as_many_norms(void) {
     REQUIRE_OK(autoclip_shared_destroy(id));
 }
 
-/* Every door refuses this id, and writes nothing. */
+/* Every function refuses this id, and writes nothing. */
 static void require_unknown(uint64_t id) {
     double values[4] = {SENTINEL, SENTINEL, SENTINEL, SENTINEL};
     uint64_t number = SENTINEL_ID;
@@ -342,7 +342,7 @@ static void require_unknown(uint64_t id) {
     REQUIRE_OK(autoclip_shared_destroy(known));
 }
 
-static void test_unknown_ids_are_refused_by_every_door(void) {
+static void test_unknown_ids_are_refused_by_every_function(void) {
     require_unknown(0);
     require_unknown(1);
     require_unknown(UINT32_MAX);
@@ -402,7 +402,7 @@ static void test_ids_are_never_used_twice(void) {
     require_distinct(ids, ROUNDS);
 }
 
-/* --- Out of memory: the doors make histories with malloc, which the linker lets us stand before ----------------- */
+/* --- Out of memory: these functions make histories with malloc, which the linker lets us stand before ----------------- */
 
 #if defined(TEST_WRAPS_MALLOC)
 
@@ -484,7 +484,7 @@ static autoclip_status fail_merge(uint64_t id, uint64_t *made) {
     return autoclip_shared_merge(id, id);
 }
 
-static void test_shared_doors_survive_every_refusal(void) {
+static void test_shared_functions_survive_every_refusal(void) {
     static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {fail_create, fail_clone,         fail_load,
                                                                      fail_extend, fail_extend_hugely, fail_merge};
     /* Histories are kept until the end, so that create also meets a table that has to grow. */
@@ -535,7 +535,7 @@ static void test_shared_doors_survive_every_refusal(void) {
 }
 
 #define FIRST_TESTS TEST(test_first_history_needs_to_follow_forks),
-#define MEMORY_TESTS TEST(test_shared_doors_survive_every_refusal),
+#define MEMORY_TESTS TEST(test_shared_functions_survive_every_refusal),
 #else
 #define FIRST_TESTS
 #define MEMORY_TESTS
@@ -798,8 +798,8 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 #define THREAD_TESTS
 #endif
 
-TEST_MAIN(FIRST_TESTS THREAD_TESTS MEMORY_TESTS TEST(test_shared_doors_do_what_their_namesakes_do),
+TEST_MAIN(FIRST_TESTS THREAD_TESTS MEMORY_TESTS TEST(test_shared_functions_do_what_their_namesakes_do),
           TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
           TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
-          TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_door),
+          TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_function),
           TEST(test_ids_are_never_used_twice));

@@ -52,6 +52,10 @@ KNOWN_BY = {
     "errors.py": "test_bad_input",
     "history.py": "test_history test_bad_input",
     "replay.py": "test_replay",
+    **{
+        f"logs/{name}.py": "test_logs"
+        for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
+    },
 }  # but plot.py: pictures are judged by looking at them
 KERNEL_TESTS = ("status", "check", "snapshot", "model", "faults", "shared", "bounds")
 
