@@ -51,7 +51,8 @@ class AutoClipTrainer(AutoClipMixin, Trainer):
             self.optimizer = make_optimizer(self.model.parameters())
         return self.optimizer
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, *args, **options):
+        super().on_step_end(*args, **options)
         self.thresholds.append(self.clip.threshold)
 
 
