@@ -4,7 +4,9 @@
  * find this one table: never link a second copy of this file into another shared object of the process.
  *
  * An id is a place in the table and the generation of that place, so that the id of a destroyed history stays unknown
- * for ever. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table. */
+ * for ever. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <stdatomic.h>
 #include <stdbool.h>
 
