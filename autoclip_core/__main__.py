@@ -1,7 +1,8 @@
 """`autoclip` on the command line: what would have been clipped, what is installed, what a snapshot holds.
 
-Results go to standard output, one sentence on what went wrong to standard error, with exit code 1 (2 for arguments that
-cannot be understood). Tables that are too wide for the terminal become one block per row.
+Results go to standard output, sentences on what went wrong to standard error. The exit code is 0 for a result, also for
+that of a log of which a part could not be read; 1 where there is none; 2 for arguments that cannot be understood; 3 for
+an error of this program itself. Tables that are too wide for the terminal become one block per row.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import platform
 import shutil
 import sys
 import textwrap
-from io import BytesIO
+import traceback
+from io import BytesIO, TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from autoclip_core import __version__, _backend
 from autoclip_core.errors import AutoClipError
 from autoclip_core.history import NormHistory
-from autoclip_core.replay import PERCENTILES, Replay, read_norms, replay
+from autoclip_core.plot import bin_edges
+from autoclip_core.replay import PERCENTILES, Log, Replay, each_replay, read_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,22 +38,55 @@ _ALSO = (
     *("tensorflow", "tensorflow-cpu", "numpy", "numba", "lightning", "transformers", "accelerate", "matplotlib"),
     "tensorboard",
 )
+_LEFT = {"norms", "setting", "percentile"}  # columns that begin at the left
 _BARS = "▏▎▍▌▋▊▉█"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show is shown by its codes
+            stream.reconfigure(errors="backslashreplace")
+    code = _run(arguments)
     try:
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `autoclip ... | head` has seen enough
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at its end, and fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code == 0 and not isinstance(error, BrokenPipeError):  # `autoclip ... | head` has seen enough
+            code = _complain(f"standard output: {error}")
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command; every error becomes a sentence and an exit code here."""
+    if sys.stdout is None:
+        return _complain("there is no standard output to write to.")
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except SystemExit as end:  # argparse has said what there is to say
+        return int(end.code or 0)
+    except BrokenPipeError:
         return 0
     except (AutoClipError, OSError) as error:
-        print(f"autoclip: {error}", file=sys.stderr)
-        return 1
+        return _complain(str(error))
+    except MemoryError:
+        return _complain("this takes more memory than there is.")
+    except KeyboardInterrupt:
+        return 130  # as the shell has it for programs that Ctrl-C ends
+    except Exception as error:  # noqa: BLE001 - whatever else it is, a user gets a sentence
+        *_, place = traceback.extract_tb(error.__traceback__)
+        what = f"{type(error).__name__} in line {place.lineno} of {Path(place.filename).name}: {error}"
+        return _complain(f"{what}. This is an error of autoclip; please report it.", 3)
     return 0
+
+
+def _complain(sentence: str, code: int = 1) -> int:
+    if sys.stderr is not None:
+        print("autoclip:", _printable(" ".join(sentence.split())), file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,12 +112,20 @@ def _parser() -> argparse.ArgumentParser:
         "show what AutoClip would have done in an earlier run",
         "  autoclip replay metrics.csv\n"
         "  autoclip replay runs/exp1 --column train/grad_norm   (a folder of TensorBoard events)\n"
-        "  autoclip replay norms.npy -p 5 -p 10 -w 1000 --plot norms.png\n",
+        "  autoclip replay norms.npy -p 5 -p 10 -w 1000 --plot norms.png\n"
+        "  zcat log.jsonl.gz | autoclip replay - -c generator.grad_norm -c critic.grad_norm\n",
     )
     command.add_argument(
-        "file", type=Path, help="norms: CSV, JSON, JSON lines, .npy, or TensorBoard's events (a file or a run's folder)"
+        "file",
+        help="norms: CSV, JSON, JSON lines, .npy, .npz, parquet, TensorBoard's events (a file or a run's folder), also "
+        "packed by gzip; - for standard input",
     )
-    command.add_argument("-c", "--column", help="the name of the norms (default: guessed)")
+    command.add_argument(
+        "-c",
+        "--column",
+        action="append",
+        help="the name of the norms, with dots for keys inside keys; may be repeated (default: guessed)",
+    )
     command.add_argument(
         "-p",
         "--percentile",
@@ -115,27 +158,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    # TensorBoard reads without TensorFlow as well: this is how it is told to leave out seconds of loading.
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-    norms, name = read_norms(options.file, options.column)
+    if options.file == "-" and sys.stdin is None:
+        raise AutoClipError("There is no standard input to read.")
+    logs = read_log(sys.stdin.buffer if options.file == "-" else options.file, options.column or [])
+    source = "standard input" if options.file == "-" else options.file
     percentiles = options.percentile or list(PERCENTILES)
-    results = replay(norms, percentiles, [None, *(options.window or [])], fixed=[options.fixed])
+    windows = [None, *(options.window or [])]
+    draw_at = 10.0 if 10.0 in percentiles else percentiles[0]
+    contents, rows, panels = [], [], []
+    for log in logs:
+        summaries = []
+        for result in each_replay(log.norms, percentiles, windows, fixed=[options.fixed]):
+            summaries.append(result.summary())
+            rows.append([_printable(log.name), *_row(result, summaries[-1], options.fixed)])
+            if options.plot is not None and (result.percentile, result.window) == (draw_at, None):
+                panels.append((log, result))
+        contents.append(
+            {
+                "column": log.name,
+                **_facts_of(log.norms),
+                "skipped": log.skipped,
+                "notes": log.notes,
+                "settings": summaries,
+            }
+        )
     if options.plot is not None:
-        _plot(norms, results, options.plot)
-    facts = _facts_of(norms)
-    rows = [result.summary() for result in results]
+        _plot(panels, options.plot)
+    for note in dict.fromkeys(note for log in logs for note in log.notes):
+        _complain(note)
     if options.json:
-        _print_json({"file": str(options.file), "column": name, **facts, "settings": rows})
+        _print_json({"file": options.file, **(contents[0] if len(contents) == 1 else {"columns": contents})})
         return
-    print(
-        f"{name} in {options.file}: {facts['steps']:,} steps, {_number(facts['lowest'])} to {_number(facts['highest'])}"
-    )
-    left_out = [f"{facts[what]:,} {what}" for what in ("zero", "nonfinite") if facts[what]]
-    if left_out:
-        print(f"not remembered: {', '.join(left_out)}")
+    for facts in contents:
+        span = f"{_number(facts['lowest'])} to {_number(facts['highest'])}"
+        print(_printable(f"{facts['column']} in {source}: {facts['steps']:,} steps, {span}"))
+        left_out = [f"{facts[what]:,} {what}" for what in ("zero", "nonfinite") if facts[what]]
+        if left_out:
+            print(f"not remembered: {', '.join(left_out)}")
     print()
-    header = ["setting", "history", "final", "median", "clipped", "scale", "hardest"]
-    _print_table(header, [_row(result, row, options.fixed) for result, row in zip(results, rows, strict=True)])
+    header = ["norms", "setting", "history", "final", "median", "clipped", "scale", "hardest"]
+    first = 1 if len(logs) == 1 else 0
+    _print_table(header[first:], [row[first:] for row in rows])
     legend = (
         "final, median: of the threshold. scale: the median factor of the clipped gradients; hardest: one in twenty of "
         "them is scaled by less."
@@ -169,24 +232,34 @@ def _facts_of(norms: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _plot(norms: NDArray[np.float64], results: list[Replay], path: Path) -> None:
-    from autoclip_core.plot import plot_norms
+def _plot(panels: Sequence[tuple[Log, Replay]], path: Path) -> None:
+    from autoclip_core.plot import panels_to_save, plot_norms
 
-    whole = {result.percentile: result for result in results if result.window is None}
-    result = whole.get(10.0, results[0])
-    label = f"threshold, p = {result.percentile:g}"
-    figure = plot_norms(norms, result.thresholds, result.clipped, label=label).figure
+    if path.is_dir():
+        raise AutoClipError(f"{path} is a folder; name the picture.")
+    for axes, (log, result) in zip(panels_to_save(len(panels)), panels, strict=True):
+        label = f"threshold, p = {result.percentile:g}"
+        plot_norms(log.norms, result.thresholds, result.clipped, label=label, axes=axes)
+        if len(panels) > 1:
+            axes.set_title(_printable(log.name), parse_math=False)
     picture = BytesIO()
     try:
-        figure.savefig(picture, dpi=150, format=path.suffix[1:] or "png")
+        axes.figure.savefig(picture, dpi=150, format=path.suffix[1:].lower() or "png")
     except ValueError as error:  # a format that matplotlib does not know
         raise AutoClipError(f"{path} cannot be drawn: {error}.") from None
-    part = path.resolve().with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(picture.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it has its name
-    part.replace(path.resolve())
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_bytes(picture.getbuffer())
+        return
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(picture.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it has its name
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --- info -------------------------------------------------------------------------------------------------------------
@@ -279,10 +352,7 @@ def _histogram(norms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[n
 
     if not len(norms):
         return np.zeros(0, np.int64), np.zeros(1)
-    low, high = norms[0], norms[-1]
-    if low == high:
-        return np.array([len(norms)]), np.array([low, high])
-    edges = np.geomspace(low, high, 13) if low > 0.0 else np.linspace(low, high, 13)
+    edges = bin_edges(norms[0], norms[-1], 12)
     return np.histogram(norms, edges)[0], edges
 
 
@@ -307,6 +377,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def _printable(text: str) -> str:
+    """Show by its code what would move the cursor or change colours, as it may stand in the names of a log."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _print_json(content: Any) -> None:
     def plain(value: Any) -> Any:  # JSON has no NaN and no infinity
         if isinstance(value, dict):
@@ -329,8 +404,8 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         return
     for row in [header, *rows]:
         cells = [
-            f"{row[0]:{widths[0]}}",
-            *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)),
+            f"{cell:{'<' if name in _LEFT else '>'}{width}}"
+            for name, cell, width in zip(header, row, widths, strict=True)
         ]
         print("  ".join(cells).rstrip())
 

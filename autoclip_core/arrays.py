@@ -3,15 +3,18 @@
 `clip.AutoClip` states the rule for a norm on the host. Here it stands once more, in the operations that array libraries
 share, for programs that cannot ask the host. What shaped this module:
 
-- It imports nothing. `xp` is the array library: torch, jax.numpy, or another with the few names used here.
+- It imports no array library. `xp` is one: torch, jax.numpy, or another with the few names used here.
 - Shapes are fixed and nothing branches on a value, so that every function can be compiled.
-- A norm that is not to be remembered goes through the same operations as infinity, and changes nothing. So no NaN ever
+- A norm that is not to be recorded goes through the same operations as infinity, and changes nothing. So no NaN ever
   enters an array of norms, where one would spread to all.
 
 There are two ways to have a threshold without asking the host. Either the program keeps a window of the last N norms,
 in two arrays of shape (N,): the norms ascending, and the same in order of age in a ring, places without a norm holding
 infinity (`observe`). Or the host keeps the history, and the program is told the few norms around the percentile in
 advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
+
+A compiled program takes a whole step with `take_step`, which is given the way to observe a norm: over arrays, or in the
+compiled kernel, which keeps the same arrays, or a tree on the host.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ from math import inf
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from autoclip_core.clip import AutoClip
+from autoclip_core.errors import AutoClipValueError
+from autoclip_core.history import NormHistory, check_full_history
 
-    from autoclip_core.clip import AutoClip
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 # The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
 # history), and a rank times a digit of the percentile has to fit.
@@ -32,6 +37,116 @@ MAX_WINDOW = 2**24
 
 _BASE = 128
 _DIGITS = 11
+
+# The state of a compiled program is few arrays, because each costs a step about a microsecond:
+#   norms   float32: a window, shape (2, window): the norms ascending, and in order of age in a ring, infinity where
+#           there is none yet; or, where a NormHistory holds the norms, the latest of them, shape (1,)
+#   counts  int32, shape (4,)
+#   last    float32, shape (4,): the norm, the threshold and the scale of the latest step, and 1 if it was clipped
+STEPS, RECORDED_STEPS, CLIPPED_STEPS, NONFINITE_STEPS = range(4)
+GRAD_NORM, CLIP_THRESHOLD, CLIP_SCALE, CLIPPED = range(4)
+
+
+def check_options(
+    percentile: Any,
+    window: Any,
+    history: NormHistory | None,
+    warmup: Any,
+    nonfinite: Any,
+    max_threshold: Any,
+    default_window: int,
+) -> None:
+    """Check the options of an AutoClip inside a compiled program, whose arrays hold a window if no history does.
+
+    Raises:
+        AutoClipTypeError, AutoClipValueError: one cannot be used.
+        BackendError: the history cannot be reached from compiled programs.
+    """
+    if nonfinite == "raise":
+        raise AutoClipValueError(
+            'nonfinite="raise" cannot be done inside a compiled program; use "skip" or "pass", and look at '
+            '"nonfinite_steps" among the metrics outside of it.'
+        )
+    if window is None and history is None:
+        raise AutoClipValueError(
+            "window=None needs somewhere to keep every norm: give history=NormHistory(), or a window."
+        )
+    AutoClip(percentile, window=window, warmup=warmup, nonfinite=nonfinite, max_threshold=max_threshold)
+    if history is not None:
+        check_full_history(history, None if window == default_window else window)
+        _ = history.shared_id  # not every backend has one
+    elif window > MAX_WINDOW:
+        raise AutoClipValueError(
+            f"window must be at most {MAX_WINDOW:,} in arrays, but {window:,} was given; history=NormHistory() has no "
+            "bound."
+        )
+
+
+def initial_state(xp: Any, window: int | None) -> dict[str, Any]:
+    """Return the arrays `norms`, `counts` and `last` before the first step; the window is None with a history."""
+    return {
+        "norms": xp.full((1,) if window is None else (2, window), inf, dtype=xp.float32),
+        "counts": xp.zeros((4,), dtype=xp.int32),
+        "last": xp.asarray([0.0, inf, 1.0, 0.0], dtype=xp.float32),
+    }
+
+
+def take_step(
+    xp: Any,
+    observe: Callable[[Any, Any, Any], tuple[Any, Any]],
+    norms: Any,
+    counts: Any,
+    norm: Any,
+    warmup: Any = 0,
+    nonfinite: str = "skip",
+    max_threshold: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Take a step with the norm of a gradient: let it enter the norms, find the threshold, decide.
+
+    Args:
+        xp: the array library.
+        observe: given `norms`, how many norms have entered before, and what `norm_to_remember` returns, it lets that
+            enter and returns the norms and the percentile, infinity if there is none.
+        norms: those of the state.
+        counts: those of the state.
+        norm: the global norm of the gradient, float32.
+        warmup: as for `AutoClip`.
+        nonfinite: as for `AutoClip`, but not "raise".
+        max_threshold: as for `AutoClip`.
+
+    Returns:
+        The new `norms`, `counts` and `last` of the state, and the scale.
+    """
+    entering = norm_to_remember(xp, norm)
+    recorded_steps = counts[RECORDED_STEPS]
+    norms, percentile = observe(norms, recorded_steps, entering)
+    enters = entering < inf
+    threshold, scale, clipped = decide(
+        xp,
+        norm,
+        percentile,
+        recorded_steps + xp.astype(enters, xp.int32),
+        warmup=warmup,
+        nonfinite=nonfinite,
+        max_threshold=inf if max_threshold is None else max_threshold,
+    )
+    counted = xp.stack([xp.ones_like(enters), enters, clipped, ~xp.isfinite(norm)])
+    counts = counts + xp.astype(counted, xp.int32)
+    last = xp.stack([norm, threshold, scale, xp.astype(clipped, xp.float32)])
+    return norms, counts, last, scale
+
+
+def metrics(counts: Any, last: Any) -> dict[str, Any]:
+    """Return what users are told of a state, as scalars: the latest step, and counts."""
+    return {
+        "grad_norm": last[..., GRAD_NORM],
+        "clip_threshold": last[..., CLIP_THRESHOLD],
+        "clip_scale": last[..., CLIP_SCALE],
+        "clipped": last[..., CLIPPED] > 0.0,
+        "steps": counts[..., STEPS],
+        "clipped_steps": counts[..., CLIPPED_STEPS],
+        "nonfinite_steps": counts[..., NONFINITE_STEPS],
+    }
 
 
 def norm_to_remember(xp: Any, norm: Any, infinity: Any = inf) -> Any:
@@ -58,6 +173,12 @@ def observe(
     ascending, ring = remember(xp, ascending, ring, recorded_steps, norm)
     size = xp.minimum(recorded_steps + xp.astype(norm < inf, xp.int32), ascending.shape[0])
     return ascending, ring, percentile_of(xp, ascending, size, percentile)
+
+
+def observe_window(xp: Any, norms: Any, recorded_steps: Any, norm: Any, percentile: Any) -> tuple[Any, Any]:
+    """Do what `observe` does for the norms of a state, shape (2, N)."""
+    ascending, ring, found = observe(xp, norms[0], norms[1], recorded_steps, norm, percentile)
+    return xp.stack([ascending, ring]), found
 
 
 def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
@@ -114,8 +235,8 @@ def percentile_of_digits(digits: Iterable[int]) -> float:
     return sum((digit / float(_BASE) ** place for place, digit in enumerate(digits)), 0.0)
 
 
-def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
-    """Return last * percentile / 100 as an integer and a fraction, which is the sum of two floats.
+def _position(xp: Any, highest: Any, percentile: Any) -> tuple[Any, Any, Any]:
+    """Return highest * percentile / 100 as an integer and a fraction, which is the sum of two floats.
 
     As on paper: first the product with the digits of the percentile, from the last one on, then its division by 100,
     from the first one on.
@@ -124,10 +245,10 @@ def _position(xp: Any, last: Any, percentile: Any) -> tuple[Any, Any, Any]:
     carry: Any = 0
     product = []
     for digit in reversed(digits[1:]):
-        carry = last * digit + carry
+        carry = highest * digit + carry
         product.append(carry % _BASE)
         carry = carry // _BASE
-    whole = last * digits[0] + carry
+    whole = highest * digits[0] + carry
     rank, rest = whole // 100, whole % 100
     quotient = []
     for digit in reversed(product):

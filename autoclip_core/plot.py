@@ -1,7 +1,8 @@
 """Pictures of a run: norms with their threshold, their distribution, the threshold at every percentile.
 
 Each function draws into axes that are given or made, and returns them. Colours are Okabe and Ito's, which everybody can
-tell apart; in black and white the shapes and the lines still differ. Needs matplotlib (the extra "plot").
+tell apart; in black and white the shapes and the lines still differ. Norms beyond 1e-150 and 1e150 are drawn there.
+Needs matplotlib (the extra "plot").
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _NORM, _CLIPPED, _THRESHOLD, _INK = "#56B4E9", "#D55E00", "#000000", "#404040"
 _MOST_POINTS = 20_000
+_LOWEST, _HIGHEST = 1e-150, 1e150  # far beyond them margins and ticks of logarithmic axes overflow
 
 
 def plot_norms(
@@ -56,12 +58,13 @@ def plot_norms(
         (above, _CLIPPED, "^", f"norm, clipped ({above.mean():.0%} of the steps)"),
     ):
         some = drawn[mask[drawn]]
-        axes.scatter(some, norms[some], size, color, marker=marker, label=what, linewidths=0, rasterized=True)
-    axes.plot(steps, np.where(np.isfinite(thresholds[steps]), thresholds[steps], np.nan), _THRESHOLD, label=label)
+        axes.scatter(some, _drawn(norms[some]), size, color, marker=marker, label=what, linewidths=0, rasterized=True)
+    some = np.where(np.isfinite(thresholds[steps]), thresholds[steps], np.nan)
+    axes.plot(steps, _drawn(some), _THRESHOLD, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("gradient norm")
-    axes.legend(frameon=False, markerscale=2.0 if size < 10 else 1.0)
+    axes.legend(edgecolor="none", markerscale=2.0 if size < 10 else 1.0)
     return axes
 
 
@@ -77,15 +80,16 @@ def plot_distribution(history: NormHistory | ArrayLike, percentile: float = 10.0
 
     norms = _positive(history)
     threshold = float(np.percentile(norms, as_percentile(percentile)))
+    norms, line = _drawn(norms), _drawn(threshold)
     axes = _axes(axes)
-    edges = np.geomspace(norms[0], norms[-1], 61) if norms[-1] > norms[0] else np.array([0.9, 1.1]) * norms[0]
+    edges = bin_edges(norms[0], norms[-1], 60) if norms[-1] > norms[0] else np.array([0.9, 1.1]) * norms[0]
     _, _, bars = axes.hist(norms, edges, color=_NORM, label="norms")
-    above = [bar for bar in bars if bar.get_x() >= threshold]
+    above = [bar for bar in bars if bar.get_x() >= line]
     for bar in above:
         bar.set(facecolor=_CLIPPED, hatch="//", edgecolor="white", linewidth=0)
     if above:
         above[0].set_label("norms above it")
-    axes.axvline(threshold, color=_THRESHOLD, label=f"percentile {percentile:g}: {threshold:.3g}")
+    axes.axvline(line, color=_THRESHOLD, label=f"percentile {percentile:g}: {threshold:.3g}")
     axes.set_xscale("log")
     axes.set_xlabel("gradient norm")
     axes.set_ylabel("steps")
@@ -106,13 +110,14 @@ def plot_thresholds(history: NormHistory | ArrayLike, percentile: float | None =
     norms = _positive(history)
     axes = _axes(axes)
     percentiles = np.linspace(0.0, 100.0, 501)
-    axes.plot(percentiles, np.percentile(norms, percentiles), color=_THRESHOLD)
+    axes.plot(percentiles, _drawn(np.percentile(norms, percentiles)), color=_THRESHOLD)
     if percentile is not None:
         threshold = float(np.percentile(norms, as_percentile(percentile)))
-        axes.plot([percentile, percentile, 0.0], [norms[0], threshold, threshold], color=_CLIPPED, linestyle="--")
+        line = _drawn(threshold)
+        axes.plot([percentile, percentile, 0.0], [_drawn(norms[0]), line, line], color=_CLIPPED, linestyle="--")
         axes.annotate(
             f"p = {percentile:g}: {threshold:.3g}",
-            (percentile, threshold),
+            (percentile, line),
             (6, -4),
             textcoords="offset points",
             va="top",
@@ -125,6 +130,30 @@ def plot_thresholds(history: NormHistory | ArrayLike, percentile: float | None =
     return axes
 
 
+def _drawn(norms: Any) -> Any:
+    import numpy as np
+
+    return np.clip(norms, _LOWEST, _HIGHEST)
+
+
+def bin_edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
+    """Return the edges of bins from low to high, of equal ratio if both are above 0, else of equal width.
+
+    They ascend strictly, and the outermost are low and high themselves. There are fewer bins where there are not that
+    many doubles between them; one bin without width where low is high.
+    """
+    import numpy as np
+
+    along = np.linspace(0.0, 1.0, bins + 1)
+    with np.errstate(over="ignore"):  # at the largest double, where high itself takes the place
+        if low > 0.0:
+            edges = np.exp2(np.log2(low) * (1.0 - along) + np.log2(high) * along)
+        else:
+            edges = low * (1.0 - along) + high * along
+    edges = np.unique(np.clip(edges, low, high))
+    return np.array([low, *edges[(edges > low) & (edges < high)], high])
+
+
 def _positive(history: NormHistory | ArrayLike) -> NDArray[np.float64]:
     import numpy as np
 
@@ -135,13 +164,30 @@ def _positive(history: NormHistory | ArrayLike) -> NDArray[np.float64]:
     return norms
 
 
+def panels_to_save(count: int) -> list[Any]:
+    """Return axes, one below the other, of a figure that is only saved: without a window, no backend is asked for."""
+    try:
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError) as error:
+        raise _no_matplotlib(error) from None
+    figure = Figure(figsize=(8, 4.5 if count == 1 else 3.5 * count), layout="constrained")
+    return [axes for [axes] in figure.subplots(count, squeeze=False)]
+
+
 def _axes(axes: Any) -> Any:
     if axes is None:
         try:
             import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise AutoClipError(f'Pictures need matplotlib: pip install "autoclip-core[plot]" ({error}).') from None
-        _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+
+            _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        except (ImportError, ValueError) as error:
+            raise _no_matplotlib(error) from None
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
     return axes
+
+
+def _no_matplotlib(error: Exception) -> AutoClipError:
+    if isinstance(error, ModuleNotFoundError):
+        return AutoClipError(f'Pictures need matplotlib: pip install "autoclip-core[plot]" ({error}).')
+    return AutoClipError(f"matplotlib does not start; is MPLBACKEND right? ({error})")

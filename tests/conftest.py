@@ -1,4 +1,4 @@
-"""The rules of the court: which backend is on trial, what may be absent, how hard hypothesis tries.
+"""What all tests share: which backend is tested, what may be absent, how hard hypothesis tries.
 
 AUTOCLIP_BACKEND names the backend under test; without it the automatic choice is tested, and the header of the run
 says which that was. A backend that is demanded and cannot load ends the run before the first test.
@@ -32,6 +32,9 @@ settings.register_profile(
     "hasty", settings.get_profile("dev"), derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("ci" if DEMAND_ALL or os.environ.get("CI") else "dev")
+
+# Their assertions are to say as much as those of the tests.
+pytest.register_assert_rewrite("tests.adapters.contract", "tests.core.reference")
 
 # Before anything imports it: Hugging Face's hub is not to be asked, nor told.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")

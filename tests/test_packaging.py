@@ -82,6 +82,42 @@ def installed(tmp_path_factory):
     return (folder / "staged").rename(folder / "installed")
 
 
+def test_library_calls_itself_and_no_other_of_the_same_names(installed, need):
+    # A call that is looked up by name ends in whatever library the program has loaded first.
+    for library in (installed / "lib/libautoclip.so", Path(autoclip_core.kernel_library())):
+        if library.suffix == ".so" and sys.platform == "linux":
+            assert "autoclip_" not in run(need("readelf"), "--relocs", "--wide", str(library))
+
+
+@pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-ffinite-math-only"])
+@pytest.mark.parametrize("compiler", ["cc", "clang"])
+def test_kernel_is_not_built_with_arithmetic_that_loses_nan(compiler, flag, need, tmp_path):
+    for source in sorted((ROOT / "csrc/src").glob("s*.c")):
+        command = [need(compiler), "-std=c11", flag, "-c", f"-I{ROOT / 'csrc/include'}", str(source), "-o", "x.o"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "autoclip needs IEEE arithmetic" in done.stderr
+    done = subprocess.run(
+        [
+            "cmake",
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            "build",
+            f"-DCMAKE_C_FLAGS_RELEASE={flag}",
+            f"-DCMAKE_C_COMPILER={compiler}",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["cmake", "--build", "build"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "autoclip needs IEEE arithmetic" in done.stdout + done.stderr
+
+
 @pytest.fixture
 def pkg_config(installed, need):
     def pkg_config(*arguments):
@@ -185,7 +221,13 @@ def test_wheel_without_a_compiler_fails_where_the_kernel_is_demanded(tmp_path):
 
 @on_linux
 def test_extension_exports_the_whole_abi_and_nothing_else(kernel):
-    doors = {"autoclip_arrays_step", "autoclip_tensorflow_register", "autoclip_xla_tree", "autoclip_xla_window"}
+    doors = {
+        "autoclip_tensorflow_register",
+        "autoclip_tree_observe",
+        "autoclip_window_observe",
+        "autoclip_xla_tree",
+        "autoclip_xla_window",
+    }
     assert exported(kernel) == declared() | {"PyInit__kernel"} | doors
 
 

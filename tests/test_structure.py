@@ -25,21 +25,29 @@ KERNEL = ROOT / "csrc/src"
 # autoclip_core` is cheap.
 MAY_IMPORT = {
     "autoclip_core/__init__.py": "_backend arrays clip errors history",
-    "autoclip_core/__main__.py": "__version__ _backend errors history replay [numpy] [plot]",
+    "autoclip_core/__main__.py": "__version__ _backend errors history plot replay [numpy]",
     "autoclip_core/_backend.py": "errors",
+    "autoclip_core/_bits.py": "numpy",
     "autoclip_core/_native.py": "_kernel errors [numpy]",
     "autoclip_core/_numba/__init__.py": "_numba.history",
-    "autoclip_core/_numba/check.py": "_numba.tree numpy",
-    "autoclip_core/_numba/compiler.py": "numba",
-    "autoclip_core/_numba/history.py": "_numba _numba.check _numba.tree errors numba numpy",
-    "autoclip_core/_numba/snapshot.py": "_numba.compiler _numba.tree errors numpy",
+    "autoclip_core/_numba/check.py": "_bits _numba.tree numpy",
+    "autoclip_core/_numba/compiler.py": "llvmlite numba",
+    "autoclip_core/_numba/history.py": "_bits _numba _numba.check _numba.tree errors numba numpy",
+    "autoclip_core/_numba/snapshot.py": "_bits _numba.compiler _numba.tree errors numpy",
     "autoclip_core/_numba/tree.py": "_numba.compiler numpy",
-    "autoclip_core/arrays.py": "[clip]",
+    "autoclip_core/arrays.py": "clip errors history",
     "autoclip_core/clip.py": "errors history",
     "autoclip_core/errors.py": "",
-    "autoclip_core/history.py": "_backend errors [numpy]",
+    "autoclip_core/history.py": "[_bits] _backend errors [numpy]",
+    "autoclip_core/logs/__init__.py": "errors logs logs.found",
+    "autoclip_core/logs/binary.py": "errors logs.found [numpy] [pandas] [pyarrow]",
+    "autoclip_core/logs/events.py": "logs.found",
+    "autoclip_core/logs/found.py": "errors [numpy]",
+    "autoclip_core/logs/records.py": "errors logs.found",
+    "autoclip_core/logs/tables.py": "errors logs.found",
+    "autoclip_core/logs/text.py": "errors logs logs.found",
     "autoclip_core/plot.py": "errors history [matplotlib] [numpy]",
-    "autoclip_core/replay.py": "arrays errors history [numpy] [tensorboard]",
+    "autoclip_core/replay.py": "arrays errors history logs [numpy]",
     "adapters/autoclip_jax/__init__.py": "autoclip_jax",
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
     "adapters/autoclip_jax/demo.py": "autoclip_jax jax numpy optax [sklearn]",
@@ -47,10 +55,8 @@ MAY_IMPORT = {
     "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
     "adapters/autoclip_tensorflow/clip.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
-    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras",
-    "adapters/autoclip_tensorflow/direct.py": "autoclip_core autoclip_tensorflow torch",
-    "adapters/autoclip_tensorflow/gradients.py": "tensorflow",
-    "adapters/autoclip_tensorflow/kernel.py": "autoclip_core autoclip_tensorflow tensorflow",
+    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy torch",
+    "adapters/autoclip_tensorflow/graph.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/logger.py": "autoclip_core autoclip_tensorflow keras",
     "adapters/autoclip_tensorflow/optimizer.py": "autoclip_core autoclip_tensorflow keras numpy",
     "adapters/autoclip_tensorflow/state.py": "autoclip_core numpy",
@@ -64,6 +70,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/gradients.py": "autoclip_torch torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
     "adapters/autoclip_torch/kernel.py": "autoclip_core torch",
+    "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
@@ -75,7 +82,7 @@ IMPORTS_ARE_CHOSEN_BY = {"autoclip_core/_backend.py"}
 ENVIRONMENT_IS_READ_BY = {"autoclip_core/_backend.py"}
 
 NUMBA = [name for name in MAY_IMPORT if name.startswith("autoclip_core/_numba/")]
-PRIVATE = {"autoclip_core/_backend.py", "autoclip_core/_native.py", *NUMBA}
+PRIVATE = {"autoclip_core/_backend.py", "autoclip_core/_bits.py", "autoclip_core/_native.py", *NUMBA}
 
 # The modules of the core that adapters may use beside its names.
 PUBLIC_MODULES = {"arrays"}
@@ -88,6 +95,7 @@ KERNEL_MAY_INCLUDE = {
     "autoclip.h",
 }
 KERNEL_MAY_INCLUDE_IN = {
+    "float_mode.h": {"xmmintrin.h"},
     "memory.c": {"stdlib.h", "sys/mman.h"},
     "shared.c": {"stdatomic.h", "pthread.h", "windows.h"},
 }
@@ -190,10 +198,13 @@ def test_numba_code_keeps_ieee_arithmetic_and_machine_types(name):
     assert not words & {"fastmath", "error_model", "jit", "nopython", "forceobj", "objmode", "looplift"}
 
 
+INTRINSICS = {"compiled", "enter_standard_mode", "leave_standard_mode", "uncounted"}
+
+
 @pytest.mark.parametrize("name", NUMBA)
 def test_compiled_functions_use_names_of_their_own_file_only(name):
     # Numba keeps compiled code until the file of the function changes, and looks at no other file.
-    imported = {alias for _, names, _ in imports_of(name) for alias in names} - {"compiled", "uncounted"}
+    imported = {alias for _, names, _ in imports_of(name) for alias in names} - INTRINSICS
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef) and "compiled" in map(ast.unparse, node.decorator_list):
             used = {part.id for line in node.body for part in ast.walk(line) if isinstance(part, ast.Name)}
@@ -279,6 +290,15 @@ def test_kernel_includes_libc_and_its_own_headers_only(name):
     assert len(includes) == len(re.findall(r"#\s*include\b", KERNEL_FILES[name]))
     own = {header for header in KERNEL_FILES if header.endswith(".h")}
     assert includes <= KERNEL_MAY_INCLUDE | KERNEL_MAY_INCLUDE_IN.get(name, set()) | own
+
+
+def test_every_c_file_names_its_licence():
+    # A file of the kernel may be copied into another program; examples are too small for one.
+    files = [*(ROOT / "csrc").glob("[!e]*/*.[ch]"), *(ROOT / "tests/c").glob("*.[ch]")]
+    assert len(files) > 30
+    for file in files:
+        first, _, _ = file.read_text(encoding="utf-8").partition("*/")
+        assert first.endswith("\n * SPDX-License-Identifier: MIT "), file
 
 
 @every_kernel_file

@@ -2,7 +2,7 @@
 
 What shaped this module, and must stay true:
 
-- Every rule is the core's: `autoclip_core.arrays`, or the kernel. Here updates become one norm, and a scale becomes
+- Every rule is the core's: `autoclip_core.arrays`. Here updates become one norm, and a scale becomes
   scaled updates.
 - The state is a plain pytree of arrays with fixed shapes: so jit, donation, scan, vmap, sharding and every checkpoint
   format work with nothing to do.
@@ -12,7 +12,6 @@ What shaped this module, and must stay true:
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,22 +20,16 @@ import numpy as np
 import optax
 from jax import Array
 
-import autoclip_core
-from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays, check_full_history
+from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from autoclip_jax import kernel
 
 DEFAULT_WINDOW = 131_072
 
 
 class AutoClipState(NamedTuple):
-    """The state of `autoclip`: the history, counts, and what was decided at the last step.
+    """The state of `autoclip`: the norms, counts, and what was decided at the latest step.
 
-    Few arrays, because each costs a compiled step about a microsecond; the properties name what is in them.
-
-    norms: float32, shape (2, window): the norms of the window ascending, and in order of age in a ring; infinity where
-        there is none yet. With a NormHistory, which holds them, shape (1,): the last one.
-    counts: int32, shape (4,).
-    last: float32, shape (4,).
+    `autoclip_core.arrays` says how these arrays are laid out; the properties name what is in them.
     """
 
     norms: Array
@@ -46,42 +39,42 @@ class AutoClipState(NamedTuple):
     @property
     def steps(self) -> Array:
         """How many updates were seen."""
-        return self.counts[..., 0]
+        return self.counts[..., arrays.STEPS]
 
     @property
     def recorded_steps(self) -> Array:
-        """How many norms were remembered."""
-        return self.counts[..., 1]
+        """How many norms were recorded."""
+        return self.counts[..., arrays.RECORDED_STEPS]
 
     @property
     def clipped_steps(self) -> Array:
         """How many updates were clipped."""
-        return self.counts[..., 2]
+        return self.counts[..., arrays.CLIPPED_STEPS]
 
     @property
     def nonfinite_steps(self) -> Array:
         """How many norms were NaN or infinite."""
-        return self.counts[..., 3]
+        return self.counts[..., arrays.NONFINITE_STEPS]
 
     @property
     def grad_norm(self) -> Array:
-        """The norm of the last updates, before clipping."""
-        return self.last[..., 0]
+        """The norm of the latest updates, before clipping."""
+        return self.last[..., arrays.GRAD_NORM]
 
     @property
     def clip_threshold(self) -> Array:
         """The percentile of the history, at most `max_threshold`; infinity while there is none."""
-        return self.last[..., 1]
+        return self.last[..., arrays.CLIP_THRESHOLD]
 
     @property
     def clip_scale(self) -> Array:
-        """The factor of the last updates; 0 if they were dropped."""
-        return self.last[..., 2]
+        """The factor of the latest updates; 0 if they were dropped."""
+        return self.last[..., arrays.CLIP_SCALE]
 
     @property
     def clipped(self) -> Array:
-        """Whether the scale shortened the last updates, which were finite."""
-        return self.last[..., 3] > 0.0
+        """Whether the scale shortened the latest updates, which were finite."""
+        return self.last[..., arrays.CLIPPED] > 0.0
 
 
 def autoclip(
@@ -112,7 +105,7 @@ def autoclip(
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
             the process may read it or push to it. For one run on CPU devices. It is not part of the state: save it
             with `save_history`.
-        warmup: do not clip before this many norms have been remembered.
+        warmup: do not clip before this many norms have been recorded.
         nonfinite: what a NaN or infinite norm does. "skip": the updates become zeros; momentum and weight decay of a
             later transformation still act (`optax.apply_if_finite` around the whole chain leaves all as it was).
             "pass": nothing.
@@ -135,36 +128,27 @@ def autoclip(
 
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
-    if nonfinite == "raise":
-        raise AutoClipValueError(
-            'nonfinite="raise" cannot be done inside a compiled program; use "skip" or "pass", and look at '
-            "metrics(state)['nonfinite_steps'] outside of it."
-        )
     known_window = _known(window)
-    # The core checks what it would be given; what is traced has no value to check.
-    autoclip_core.AutoClip(
+    arrays.check_options(  # what is traced has no value to check
         _known(percentile, 10.0),
-        window=1 if known_window is None else known_window,
-        warmup=_known(warmup, 0),
-        nonfinite=nonfinite,
-        max_threshold=_known(max_threshold),
+        _known(window, DEFAULT_WINDOW),
+        history,
+        _known(warmup, 0),
+        nonfinite,
+        _known(max_threshold),
+        DEFAULT_WINDOW,
     )
-    if history is not None:
-        check_full_history(history, None if known_window == DEFAULT_WINDOW else known_window)
-        _ = history.shared_id  # not every backend has one
-    elif window is None:
-        raise AutoClipValueError(
-            "window=None needs somewhere to keep every norm: give history=NormHistory(), or a window."
-        )
-    elif known_window is not None and known_window > arrays.MAX_WINDOW:
-        raise AutoClipValueError(
-            f"window must be at most {arrays.MAX_WINDOW:,} in the state, but {known_window:,} was given; "
-            "history=NormHistory() has no bound."
-        )
     if isinstance(percentile, jax.core.Tracer):
         percentile = jax.lax.stop_gradient(jnp.clip(_wide(percentile), 0.0, 100.0))
     else:
         percentile = float(_known(percentile))
+
+    def observe(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
+        # Where a step is differentiated, the threshold is a constant in it.
+        norms, norm = jax.lax.stop_gradient((norms, norm))
+        if history is None:
+            return kernel.observe_window(norms, recorded_steps, norm, percentile)
+        return kernel.observe_tree(history.shared_id, norms, recorded_steps, norm, percentile)
 
     def init(params: optax.Params) -> AutoClipState:
         del params
@@ -173,40 +157,24 @@ def autoclip(
                 "window must be known while the program is traced, for it is a shape: give optax.inject_hyperparams "
                 'static_args=("window",).'
             )
-        return AutoClipState(
-            norms=jnp.full((1,) if history is not None else (2, known_window), inf, jnp.float32),
-            counts=jnp.zeros((4,), jnp.int32),
-            last=jnp.asarray([0.0, inf, 1.0, 0.0], jnp.float32),
-        )
+        return AutoClipState(**arrays.initial_state(jnp, None if history is not None else known_window))
 
     def update(
         updates: optax.Updates, state: AutoClipState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, AutoClipState]:
         del params, extra
         _check_state(state, known_window, history)
-        norm = _global_norm(updates)
-        cap = jnp.asarray(inf if max_threshold is None else max_threshold, jnp.float32)
-        # Where a step is differentiated, the threshold is a constant in it.
-        remembered = jax.lax.stop_gradient(arrays.norm_to_remember(jnp, norm))
-        norms = jax.lax.stop_gradient(state.norms)
-        if history is None:
-            norms, value = kernel.observe_window(norms, state.recorded_steps, remembered, percentile)
-            recorded_steps = state.recorded_steps + (remembered < inf)
-        else:
-            recorded_steps, norms, value = kernel.observe_tree(
-                history.shared_id, state.recorded_steps, norms, remembered, percentile
-            )
-        threshold, scale, clipped = arrays.decide(
-            jnp, norm, value, recorded_steps, warmup=warmup, nonfinite=nonfinite, max_threshold=cap
+        *after, scale = arrays.take_step(
+            jnp,
+            observe,
+            state.norms,
+            state.counts,
+            _global_norm(updates),
+            warmup=warmup,
+            nonfinite=nonfinite,
+            max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
         )
-        counts = (
-            state.steps + 1,
-            recorded_steps,
-            state.clipped_steps + clipped,
-            state.nonfinite_steps + ~jnp.isfinite(norm),
-        )
-        last = (norm, threshold, scale, clipped.astype(jnp.float32))
-        state = AutoClipState(norms, jnp.stack(counts), jnp.stack(last))
+        state = AutoClipState(*after)
         return jax.tree.map(lambda update: _scaled(update, scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -219,7 +187,7 @@ def metrics(state: Any) -> dict[str, Array]:
         state: a state with one `AutoClipState` in it. Of `optax.partition` and the like, take the part of one group.
 
     Returns:
-        `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+        `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
         `steps`, `clipped_steps`, `nonfinite_steps`; scalar arrays.
 
     Raises:
@@ -235,8 +203,7 @@ def metrics(state: Any) -> dict[str, Array]:
         raise AutoClipValueError(
             f"metrics takes a state with one AutoClipState in it, but this {type(state).__name__} has {len(found)}."
         )
-    names = ("grad_norm", "clip_threshold", "clip_scale", "clipped", "steps", "clipped_steps", "nonfinite_steps")
-    return {name: getattr(found[0], name) for name in names}
+    return arrays.metrics(found[0].counts, found[0].last)
 
 
 def save_history(history: NormHistory) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

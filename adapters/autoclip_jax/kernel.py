@@ -6,7 +6,7 @@ What shaped this module:
 - They are registered when a program is first traced, and not at import: registering needs JAX's devices, and asking for
   these too early would forbid `jax.distributed.initialize`.
 - A handler counts as a pure function: JAX then may shard, batch, recompute and donate around it. The window is one. The
-  tree is made to look like one: its steps are counted, and one that is taken again is remembered once.
+  tree is made to look like one: its steps are counted, and one that is taken again is recorded once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from autoclip_core import BackendError, arrays, kernel_library
 _WINDOW = "autoclip_xla_window"
 _TREE = "autoclip_xla_tree"
 # XLA says which target it lacks, so its name says what to do.
-_NO_TREE = "autoclip: history=NormHistory() serves on the CPU only; on this device leave it out, or give window=N"
+_NO_TREE = "autoclip: history=NormHistory() is for the CPU only; on this device leave it out, or give window=N"
 
 
 def backend() -> str:
-    """Return what serves on the CPU: "native", the compiled kernel, or "jax.numpy", where that cannot be registered.
+    """Return what keeps windows on the CPU: "native", the compiled kernel, or "jax.numpy" where it cannot be reached.
 
     On other devices it is always "jax.numpy". Calling this makes JAX look for its devices.
     """
@@ -51,7 +51,7 @@ def _obstacle() -> str:
 
 
 def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile: float | Array) -> tuple[Array, Array]:
-    """Do what `arrays.observe` does, in the kernel where it serves, for a window in one array.
+    """Do what `arrays.observe` does for a window in one array: in the kernel where that can be.
 
     `norms` has the window ascending and in order of age, shape (2, N). Returns it with the norm, and the percentile.
     """
@@ -63,8 +63,7 @@ def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile:
         return after, found
 
     def by_numpy(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
-        ascending, ring, found = arrays.observe(jnp, norms[0], norms[1], recorded_steps, norm, percentile)
-        return jnp.stack([ascending, ring]), found
+        return arrays.observe_window(jnp, norms, recorded_steps, norm, percentile)
 
     if _obstacle():
         return by_numpy(norms, recorded_steps, norm)
@@ -75,12 +74,12 @@ def observe_window(norms: Array, recorded_steps: Array, norm: Array, percentile:
 
 
 def observe_tree(
-    shared_id: int, step: Array, last: Array, norm: Array, percentile: float | Array
-) -> tuple[Array, Array, Array]:
-    """Take step `step` of a shared history, which came after the norm `last`, shape (1,).
+    shared_id: int, previous: Array, recorded_steps: Array, norm: Array, percentile: float | Array
+) -> tuple[Array, Array]:
+    """Let a norm enter a shared history, as step `recorded_steps` after the norm `previous`, shape (1,).
 
     Returns:
-        The number of the next step, its last norm, and the percentile.
+        What is `previous` at the next step, and the percentile.
 
     Raises:
         BackendError: the kernel cannot be registered here.
@@ -92,11 +91,11 @@ def observe_tree(
         )
 
     def call(target: str) -> Any:
-        made = ffi.ffi_call(target, (step, last, norm), vmap_method="sequential")
+        made: Any = ffi.ffi_call(target, (previous, norm), vmap_method="sequential")
         return lambda *operands: made(*operands, _exact(percentile), history=np.int64(shared_id))
 
-    found: tuple[Array, Array, Array] = jax.lax.platform_dependent(
-        step, last, norm, cpu=call(_TREE), default=call(_NO_TREE)
+    found: tuple[Array, Array] = jax.lax.platform_dependent(
+        previous, recorded_steps, norm, cpu=call(_TREE), default=call(_NO_TREE)
     )
     return found
 

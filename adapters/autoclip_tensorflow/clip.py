@@ -2,7 +2,8 @@
 
 What shaped this module, and must stay true:
 
-- Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
+- Every rule is the core's: `autoclip_core.arrays`. Here gradients become one norm, and a scale becomes scaled
+  gradients.
 - All state is in variables made at construction: so `tf.function`, XLA and `tf.train.Checkpoint` work with nothing
   to do, and so does tf.distribute where it is constructed under the strategy's scope.
 """
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tensorflow as tf
 
 from autoclip_core import arrays
-from autoclip_tensorflow import kernel
-from autoclip_tensorflow.gradients import global_norm, scaled
-from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
+from autoclip_tensorflow.graph import check_history, global_norm, scaled, take_step
+from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if TYPE_CHECKING:
     from autoclip_core import NormHistory
@@ -41,7 +41,7 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
             the process may read it or push to it. Not with `jit_compile=True`. It is not in the variables: save
             `history.to_bytes()` beside the checkpoint.
-        warmup: do not clip before this many norms have been remembered.
+        warmup: do not clip before this many norms have been recorded.
         nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; the optimizer's momentum and
             weight decay still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
@@ -72,12 +72,14 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self._options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
+        options = Options(window, history, warmup, nonfinite, max_threshold)
+        state = first_state(options, percentile)
         if history is not None:
-            kernel.check_history(history)
+            check_history()
+        self._options = options  # once they are known to be good: tf.Module wraps what it is given
         self._state = {
             key: tf.Variable(value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            for key, value in initial_state(self._options, percentile).items()
+            for key, value in state.items()
         }
 
     @property
@@ -104,14 +106,14 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         Returns:
             The same structure, in which None stays None.
         """
-        scale = kernel.take_step(self._options, self._state, global_norm(tf.nest.flatten(grads)))
+        scale = take_step(self._options, self._state, global_norm(tf.nest.flatten(grads)))
         return tf.nest.map_structure(lambda grad: scaled(grad, scale), grads)
 
     def metrics(self) -> dict[str, tf.Tensor]:
-        """Return what was measured at the last step, and counts.
+        """Return what was measured at the latest step, and counts.
 
         Returns:
-            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
             `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
 
         >>> clip = AutoClip()
@@ -119,4 +121,4 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         >>> float(clip.metrics()["grad_norm"])
         5.0
         """
-        return metrics_of(self._state)
+        return arrays.metrics(*(tf.convert_to_tensor(self._state[key]) for key in ("counts", "last")))

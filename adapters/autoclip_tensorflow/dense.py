@@ -1,15 +1,22 @@
-"""A clipping step where Keras runs on JAX or PyTorch: the norm of gradients, the step itself, and scaled gradients."""
+"""Gradients and steps where Keras runs on JAX or PyTorch: their global norm, the step, and scaled gradients.
+
+PyTorch runs one operation at a time, and a step in operations of Keras would be some 300 of them. So with variables on
+the CPU, where the host reads the norm anyway, it takes the step itself, and the compiled kernel keeps the norms.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from autoclip_core import BackendError, NormHistory
-from autoclip_tensorflow.state import window_step
+from autoclip_core import BackendError, NormHistory, arrays, kernel_error, kernel_library
+from autoclip_tensorflow import state as steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,40 +34,89 @@ _XP = SimpleNamespace(
     isfinite=ops.isfinite,
     maximum=ops.maximum,
     minimum=ops.minimum,
+    ones_like=ops.ones_like,
     stack=ops.stack,
     take=ops.take,
     where=ops.where,
 )
+# And numpy, for the scalars of one step: its own astype takes none.
+_HOST = SimpleNamespace(**vars(np) | {"astype": lambda value, dtype: np.asarray(value).astype(dtype)})
 
 
-def check_history(history: NormHistory) -> None:
-    """Raise BackendError, which says what serves instead, if steps on this backend cannot reach this history."""
+def check_history() -> None:
+    """Raise BackendError, which says what to do instead, if steps on this backend cannot reach a history."""
     if keras.config.backend() == "jax":
         raise BackendError(
-            "history= serves on Keras's TensorFlow and PyTorch backends, and this is its jax backend; leave it out, "
-            "and variables keep the last `window` norms."
+            "history= is for Keras's TensorFlow and PyTorch backends, and this is its jax backend; leave it out, and "
+            "variables keep the last `window` norms."
         )
-    _ = history.shared_id  # not every backend has one
 
 
 def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: Any) -> Any:
     """Let the norm of a gradient enter the history, change the variables, and return the scale."""
     state = {key: variable.value for key, variable in variables.items()}
     if keras.config.backend() == "torch":
-        from autoclip_tensorflow import direct
-
-        scale = direct.take_step(options, state, norm)
-        if scale is not None:
-            return scale
+        if _library() is not None and state["norms"].device.type == "cpu":
+            return _take_step_on_the_host(options, state, norm)
         if options.history is not None:
             raise BackendError(
-                "history= serves where PyTorch has the variables on the CPU and the kernel is compiled; leave it out, "
-                "and variables keep the last `window` norms."
+                "history= is for PyTorch with the variables on the CPU and a compiled kernel; leave it out, and "
+                "variables keep the last `window` norms."
             )
-    *after, scale = window_step(_XP, options, state, norm)
+    *after, scale = steps.take_step(_XP, options, state, norm)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)
     return scale
+
+
+if keras.config.backend() == "torch":
+    from torch import compiler
+
+    # The kernel is not for torch.compile to trace.
+    take_step = compiler.disable(take_step)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(kernel_library())
+    except (BackendError, OSError):
+        return None
+    pointer, size, number, percentile = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_double
+    library.autoclip_window_observe.argtypes = [pointer, size, size, number, percentile]
+    library.autoclip_window_observe.restype = ctypes.c_float
+    library.autoclip_tree_observe.argtypes = [
+        *(ctypes.c_uint64, ctypes.c_uint64, pointer, number, percentile, ctypes.POINTER(ctypes.c_float))
+    ]
+    return library
+
+
+def _take_step_on_the_host(options: Options, state: Mapping[str, Any], norm: Any) -> float:
+    """Change the variables in their own memory, and return the scale."""
+    host = {key: tensor.detach().numpy() for key, tensor in state.items()}
+    observe = partial(_observe, options.history, arrays.percentile_of_digits(host["percentile"].tolist()))
+    with np.errstate(all="ignore"):
+        _, counts, last, scale = steps.take_step(_HOST, options, host, np.float32(norm.item()), observe)
+    host["counts"][:], host["last"][:] = counts, last
+    return float(scale)
+
+
+def _observe(
+    history: NormHistory | None, percentile: float, norms: Any, recorded_steps: Any, norm: Any
+) -> tuple[Any, np.float32]:
+    """Let the norm enter the norms in their own memory, and return them and the percentile."""
+    library: Any = _library()
+    if history is None:
+        window = norms.shape[-1]
+        found = library.autoclip_window_observe(norms.ctypes.data, window, int(recorded_steps), norm, percentile)
+        return norms, np.float32(found)
+    threshold = ctypes.c_float()
+    status = library.autoclip_tree_observe(
+        history.shared_id, int(recorded_steps), norms.ctypes.data, norm, percentile, threshold
+    )
+    if status != 0:
+        raise kernel_error(status)
+    return norms, np.float32(threshold.value)
 
 
 def global_norm(grads: Sequence[Any]) -> Any:

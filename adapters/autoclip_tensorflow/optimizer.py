@@ -2,7 +2,8 @@
 
 What shaped this module, and must stay true:
 
-- Every rule is the core's (see state.py). Here gradients become one norm, and a scale becomes scaled gradients.
+- Every rule is the core's: `autoclip_core.arrays`. Here gradients become one norm, and a scale becomes scaled
+  gradients.
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
   schedule, its weight decay and the backend's fast path stay as they are.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
@@ -20,11 +21,10 @@ import numpy as np
 from keras import ops
 
 from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
-from autoclip_tensorflow.state import DEFAULT_WINDOW, check_options, digits_of, initial_state, metrics_of
+from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.gradients import count_replicas, global_norm, scaled
-    from autoclip_tensorflow.kernel import check_history, take_step
+    from autoclip_tensorflow.graph import check_history, count_replicas, global_norm, scaled, take_step
 else:
     from autoclip_tensorflow.dense import check_history, count_replicas, global_norm, scaled, take_step
 
@@ -52,7 +52,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         history: a NormHistory of the core that remembers every norm instead, without bound, on the host; other code of
             the process may read it or push to it. On the TensorFlow backend without `jit_compile=True`, and on the
             PyTorch backend with variables on the CPU. A `.keras` file holds it, `tf.train.Checkpoint` does not.
-        warmup: do not clip before this many norms have been remembered.
+        warmup: do not clip before this many norms have been recorded.
         nonfinite: what a NaN or infinite norm does. "skip": the gradients become zeros; momentum and weight decay of
             the inner optimizer still act. "pass": nothing.
         max_threshold: an upper cap on the threshold, in the unit of the norm.
@@ -86,9 +86,10 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         name: str | None = None,
     ) -> None:
         _check_inner(inner_optimizer)
-        options = check_options(percentile, window, history, warmup, nonfinite, max_threshold)
+        options = Options(window, history, warmup, nonfinite, max_threshold)
+        state = first_state(options, percentile)
         if history is not None:
-            check_history(history)
+            check_history()
         if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
             raise AutoClipValueError(
                 "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
@@ -106,7 +107,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
                 aggregation="only_first_replica",
                 name=key,
             )
-            for key, value in initial_state(options, percentile).items()
+            for key, value in state.items()
         }
 
     @property
@@ -129,13 +130,13 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         return self._options.history
 
     def metrics(self) -> dict[str, Any]:
-        """Return what was measured at the last step, and counts.
+        """Return what was measured at the latest step, and counts.
 
         Returns:
-            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the last step, and the counts
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
             `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
         """
-        return metrics_of({key: ops.convert_to_tensor(variable) for key, variable in self._state.items()})
+        return arrays.metrics(*(ops.convert_to_tensor(self._state[key]) for key in ("counts", "last")))
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Make the variables of both optimizers.
@@ -145,7 +146,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """
         if self._accumulation_steps and count_replicas() > 1:
             raise AutoClipValueError(
-                f"gradient_accumulation_steps={self._accumulation_steps} serves on one replica, but there are "
+                f"gradient_accumulation_steps={self._accumulation_steps} is for one replica, but there are "
                 f"{count_replicas()}; leave it out, and give each of them larger batches."
             )
         self.inner_optimizer.build(variables)

@@ -1,6 +1,8 @@
 /* Where memory comes from by default. Blocks of two megabytes and more are aligned to that size and offered to the kernel
  * of the operating system for huge pages: a random leaf then costs one miss in memory instead of one in memory and one in
- * the page tables. At 10^7 norms a random select is 1.14 times as fast, a push 1.06 times. */
+ * the page tables.
+ *
+ * SPDX-License-Identifier: MIT */
 #if !defined(_DEFAULT_SOURCE)
 #define _DEFAULT_SOURCE /* strict C11 hides madvise */
 #endif
@@ -20,7 +22,7 @@ void *autoclip_memory_default_allocate(void *context, size_t size) {
     if (size >= HUGE_PAGE) {
         void *block = NULL;
         if (posix_memalign(&block, HUGE_PAGE, size) != 0) return NULL;
-        (void)madvise(block, size, MADV_HUGEPAGE); /* advice only: without it the block serves as well */
+        (void)madvise(block, size, MADV_HUGEPAGE); /* advice only: the block is as good without it */
         return block;
     }
 #endif
@@ -34,6 +36,6 @@ static void default_release(void *context, void *block, size_t size) {
 }
 
 struct memory autoclip_memory_from(const autoclip_allocator *allocator) {
-    const autoclip_allocator standard = {autoclip_memory_default_allocate, default_release, NULL};
+    const autoclip_allocator standard = {autoclip_memory_default_allocate, default_release, NULL, sizeof standard};
     return (struct memory){.allocator = allocator != NULL ? *allocator : standard, .bytes = 0};
 }

@@ -1,9 +1,13 @@
-/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for every door. */
+/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for all that interpolate.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_PERCENTILE_H
 #define AUTOCLIP_PERCENTILE_H
 
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "float_mode.h"
 
 static inline bool is_percentile(double percentile) { return percentile >= 0.0 && percentile <= 100.0; }
 

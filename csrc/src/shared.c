@@ -1,10 +1,12 @@
 /* Histories for several threads and several languages: a lock each, and one table for the whole process.
  *
- * Python, JAX and TensorFlow reach a history by its id, each through its own door and from its own threads, and all
- * doors must lead to this one table: never link a second copy of this file into another shared object of the process.
+ * Python, JAX and TensorFlow reach a history by its id, through interfaces and from threads of their own, and all must
+ * find this one table: never link a second copy of this file into another shared object of the process.
  *
  * An id is a place in the table and the generation of that place, so that the id of a destroyed history stays unknown
- * for ever. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table. */
+ * for ever. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -150,7 +152,7 @@ static autoclip_status publish(autoclip_history *history, uint64_t *id) {
     return AUTOCLIP_OK;
 }
 
-/* --- The doors -------------------------------------------------------------------------------------------------- */
+/* --- Functions -------------------------------------------------------------------------------------------------- */
 
 autoclip_status autoclip_shared_create(uint64_t window, uint64_t *id) {
     autoclip_history *history;
@@ -260,14 +262,16 @@ autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double 
     struct place *place = acquire(id);
     if (place == NULL) return AUTOCLIP_NO_HISTORY;
     struct step taken = {.number = step, .norm = norm, .percentile = percentile};
+    const float_mode mode = float_mode_enter();
     const autoclip_status status = take_step(place, &taken, previous);
+    float_mode_leave(mode);
     lock_release(&place->lock);
     if (status == AUTOCLIP_OK) *threshold = taken.threshold;
     return status;
 }
 
-/* Every other door is the same: lock, call, unlock. */
-#define DOOR(name, parameters, call)                                                                                   \
+/* Every other function is the same: lock, call, unlock. */
+#define LOCKED(name, parameters, call)                                                                                 \
     autoclip_status autoclip_shared_##name parameters {                                                                \
         struct place *place = acquire(id);                                                                             \
         if (place == NULL) return AUTOCLIP_NO_HISTORY;                                                                 \
@@ -278,28 +282,29 @@ autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double 
         return status;                                                                                                 \
     }
 
-DOOR(clear, (uint64_t id), autoclip_history_clear(history); forget_steps(place))
-DOOR(size, (uint64_t id, uint64_t *size), *size = autoclip_history_size(history))
-DOOR(window, (uint64_t id, uint64_t *window), *window = autoclip_history_window(history))
-DOOR(memory, (uint64_t id, uint64_t *bytes), *bytes = autoclip_history_memory(history))
-DOOR(push, (uint64_t id, double norm), status = autoclip_history_push(history, norm))
-DOOR(extend, (uint64_t id, const double *norms, size_t count), status = autoclip_history_extend(history, norms, count))
-DOOR(observe, (uint64_t id, double norm, double percentile, double *threshold),
-     status = autoclip_history_observe(history, norm, percentile, threshold))
-DOOR(observe_many,
-     (uint64_t id, const double *norms, size_t count, const double *percentiles, size_t percentile_count,
-      double *thresholds),
-     status = autoclip_history_observe_many(history, norms, count, percentiles, percentile_count, thresholds))
-DOOR(percentile, (uint64_t id, double percentile, double *threshold),
-     status = autoclip_history_percentile(history, percentile, threshold))
-DOOR(select, (uint64_t id, uint64_t rank, double *norm), status = autoclip_history_select(history, rank, norm))
-DOOR(rank, (uint64_t id, double norm, uint64_t *rank), status = autoclip_history_rank(history, norm, rank))
-DOOR(order_statistics, (uint64_t id, uint64_t first, size_t count, double *norms),
-     status = autoclip_history_order_statistics(history, first, count, norms))
-DOOR(oldest, (uint64_t id, size_t count, double *norms), status = autoclip_history_oldest(history, count, norms))
-DOOR(values, (uint64_t id, double *norms, size_t capacity, size_t *count),
-     status = autoclip_history_values(history, norms, capacity, count))
-DOOR(save_size, (uint64_t id, size_t *size), *size = autoclip_history_save_size(history))
-DOOR(save, (uint64_t id, void *bytes, size_t capacity, size_t *size),
-     status = autoclip_history_save(history, bytes, capacity, size))
-DOOR(check, (uint64_t id, const char **reason), status = autoclip_history_check(history, reason))
+LOCKED(clear, (uint64_t id), autoclip_history_clear(history); forget_steps(place))
+LOCKED(size, (uint64_t id, uint64_t *size), *size = autoclip_history_size(history))
+LOCKED(window, (uint64_t id, uint64_t *window), *window = autoclip_history_window(history))
+LOCKED(memory, (uint64_t id, uint64_t *bytes), *bytes = autoclip_history_memory(history))
+LOCKED(push, (uint64_t id, double norm), status = autoclip_history_push(history, norm))
+LOCKED(extend, (uint64_t id, const double *norms, size_t count),
+       status = autoclip_history_extend(history, norms, count))
+LOCKED(observe, (uint64_t id, double norm, double percentile, double *threshold),
+       status = autoclip_history_observe(history, norm, percentile, threshold))
+LOCKED(observe_many,
+       (uint64_t id, const double *norms, size_t count, const double *percentiles, size_t percentile_count,
+        double *thresholds),
+       status = autoclip_history_observe_many(history, norms, count, percentiles, percentile_count, thresholds))
+LOCKED(percentile, (uint64_t id, double percentile, double *threshold),
+       status = autoclip_history_percentile(history, percentile, threshold))
+LOCKED(select, (uint64_t id, uint64_t rank, double *norm), status = autoclip_history_select(history, rank, norm))
+LOCKED(rank, (uint64_t id, double norm, uint64_t *rank), status = autoclip_history_rank(history, norm, rank))
+LOCKED(order_statistics, (uint64_t id, uint64_t first, size_t count, double *norms),
+       status = autoclip_history_order_statistics(history, first, count, norms))
+LOCKED(oldest, (uint64_t id, size_t count, double *norms), status = autoclip_history_oldest(history, count, norms))
+LOCKED(values, (uint64_t id, double *norms, size_t capacity, size_t *count),
+       status = autoclip_history_values(history, norms, capacity, count))
+LOCKED(save_size, (uint64_t id, size_t *size), *size = autoclip_history_save_size(history))
+LOCKED(save, (uint64_t id, void *bytes, size_t capacity, size_t *size),
+       status = autoclip_history_save(history, bytes, capacity, size))
+LOCKED(check, (uint64_t id, const char **reason), status = autoclip_history_check(history, reason))

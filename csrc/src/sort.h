@@ -1,9 +1,12 @@
-/* Ascending order for many doubles at once. */
+/* Ascending order for many doubles at once.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_SORT_H
 #define AUTOCLIP_SORT_H
 
 #include <stdbool.h>
 
+#include "float_mode.h"
 #include "memory.h"
 
 /* Sort finite keys, and write -0.0 as 0.0. `scratch` holds as many. O(count). */

@@ -1,12 +1,15 @@
-/* The door into TensorFlow: an op that takes one step of AutoClip on the CPU.
+/* An op of TensorFlow through which a graph on the CPU observes a norm.
  *
- *   AutoClipStep (rule int64[3], max_threshold float, percentile int32[12], norms float[..], counts int32[4], norm float)
- *             -> (norms float[..], counts int32[4], last float[4], scale float)
- *       What autoclip_arrays_step does, and says of its arguments, with copies of the norms and the counts. One op and not
- *       many, because each costs a graph one to three microseconds, one after the other.
+ *   AutoClipObserve (norms float[..], recorded_steps int32, norm float, percentile int32[12], history int64)
+ *                -> (norms float[..], threshold float)
+ *       With history = 0 autoclip_window_observe for a copy of the norms, float[2,N]. Else autoclip_tree_observe, for a
+ *       copy of the previous norm, float[1]. The percentile is given as digits in base 128, the first one whole: integers,
+ *       which any program holds exactly.
  *
  * There is one table of histories per process, so this lives in the kernel's own library, which TensorFlow does not load
- * and which is not linked to TensorFlow: the program that has loaded both says where TensorFlow's functions are. */
+ * and which is not linked to TensorFlow: the program that has loaded both says where TensorFlow's functions are.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +17,8 @@
 
 #include <autoclip.h>
 
-#include "../arrays/step.h"
+#include "../arrays/observe.h"
+#include "../src/percentile.h"
 #include "functions.h"
 
 typedef int TF_Code;
@@ -29,10 +33,11 @@ typedef struct TF_OpKernelConstruction TF_OpKernelConstruction;
 typedef struct TF_OpKernelContext TF_OpKernelContext;
 
 enum { TF_OK = 0, TF_INVALID_ARGUMENT = 3, TF_FAILED_PRECONDITION = 9 };
-enum { TF_FLOAT = 1, TF_INT32 = 3 };
+enum { TF_FLOAT = 1 };
 
-enum { RULE, MAX_THRESHOLD, PERCENTILE, NORMS, COUNTS, NORM, INPUTS };
-enum { NORMS_AFTER, COUNTS_AFTER, LAST, SCALE };
+enum { NORMS, RECORDED_STEPS, NORM, PERCENTILE, HISTORY, INPUTS };
+enum { NORMS_AFTER, THRESHOLD };
+enum { DIGITS = 12 };
 
 typedef void (*function)(void);
 typedef function (*find_function)(const char *name);
@@ -46,63 +51,59 @@ static void infer_shapes(TF_ShapeInferenceContext *context, TF_Status *status) {
     TF_ShapeHandle *shape = tf.TF_NewShapeHandle();
     tf.TF_ShapeInferenceContextGetInput(context, NORMS, shape, status);
     tf.TF_ShapeInferenceContextSetOutput(context, NORMS_AFTER, shape, status);
-    tf.TF_ShapeInferenceContextGetInput(context, COUNTS, shape, status);
-    tf.TF_ShapeInferenceContextSetOutput(context, COUNTS_AFTER, shape, status);
-    tf.TF_ShapeInferenceContextSetOutput(context, LAST, shape, status); /* as many as there are counts */
     tf.TF_DeleteShapeHandle(shape);
     shape = tf.TF_ShapeInferenceContextScalar(context);
-    tf.TF_ShapeInferenceContextSetOutput(context, SCALE, shape, status);
+    tf.TF_ShapeInferenceContextSetOutput(context, THRESHOLD, shape, status);
     tf.TF_DeleteShapeHandle(shape);
 }
 
-static void *make_output(TF_OpKernelContext *context, int at, TF_DataType type, const int64_t *shape, int dimensions,
-                         size_t bytes, TF_Status *status) {
-    TF_Tensor *tensor = tf.TF_AllocateOutput(context, at, type, shape, dimensions, bytes, status);
+static float *make_output(TF_OpKernelContext *context, int at, const int64_t *shape, int dimensions, size_t bytes,
+                          TF_Status *status) {
+    TF_Tensor *tensor = tf.TF_AllocateOutput(context, at, TF_FLOAT, shape, dimensions, bytes, status);
     if (tensor == NULL) return NULL;
-    void *data = tf.TF_TensorData(tensor);
+    float *data = tf.TF_TensorData(tensor);
     tf.TF_DeleteTensor(tensor); /* the handle: what it shows is the context's */
     return data;
 }
 
-static void take_step(TF_OpKernelContext *context, TF_Tensor *const *inputs, TF_Status *status) {
-    static const int64_t sizes[INPUTS] = {3, 1, AUTOCLIP_DIGITS, 0, AUTOCLIP_COUNTS, 1};
+static void observe(TF_OpKernelContext *context, TF_Tensor *const *inputs, TF_Status *status) {
+    static const int64_t sizes[INPUTS] = {[RECORDED_STEPS] = 1, [NORM] = 1, [PERCENTILE] = DIGITS, [HISTORY] = 1};
     const void *data[INPUTS];
     for (int i = 0; i < INPUTS; ++i) {
         data[i] = tf.TF_TensorData(inputs[i]);
         if (sizes[i] != 0 && tf.TF_TensorElementCount(inputs[i]) != sizes[i]) {
-            tf.TF_SetStatus(status, TF_INVALID_ARGUMENT, "AutoClipStep: an input has a wrong size");
+            tf.TF_SetStatus(status, TF_INVALID_ARGUMENT, "AutoClipObserve: an input has a wrong size");
             return;
         }
     }
-    const autoclip_rule *rule = data[RULE];
+    const uint64_t history = *(const uint64_t *)data[HISTORY];
     const int dimensions = tf.TF_NumDims(inputs[NORMS]);
     const int64_t norms_size = tf.TF_TensorElementCount(inputs[NORMS]);
-    if (dimensions > 2 || norms_size < (rule->history != 0 ? 1 : 2)) {
-        tf.TF_SetStatus(status, TF_INVALID_ARGUMENT, "AutoClipStep: there is no place for norms");
+    if (dimensions > 2 || norms_size < (history != 0 ? 1 : 2)) {
+        tf.TF_SetStatus(status, TF_INVALID_ARGUMENT, "AutoClipObserve: there is no place for norms");
+        return;
+    }
+    double percentile = 0.0;
+    for (int i = DIGITS - 1; i >= 0; --i) percentile = percentile / 128.0 + ((const int32_t *)data[PERCENTILE])[i];
+    if (!is_percentile(percentile)) {
+        tf.TF_SetStatus(status, TF_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
         return;
     }
     int64_t shape[2];
     for (int i = 0; i < dimensions; ++i) shape[i] = tf.TF_Dim(inputs[NORMS], i);
-    const int64_t count = AUTOCLIP_COUNTS;
     const size_t norms_bytes = (size_t)norms_size * sizeof(float);
-    const size_t counts_bytes = AUTOCLIP_COUNTS * sizeof(int32_t);
-    const size_t last_bytes = AUTOCLIP_LAST * sizeof(float);
-    float *norms = make_output(context, NORMS_AFTER, TF_FLOAT, shape, dimensions, norms_bytes, status);
-    int32_t *counts = make_output(context, COUNTS_AFTER, TF_INT32, &count, 1, counts_bytes, status);
-    float *last = make_output(context, LAST, TF_FLOAT, &count, 1, last_bytes, status);
-    float *scale = make_output(context, SCALE, TF_FLOAT, NULL, 0, sizeof(float), status);
+    float *norms = make_output(context, NORMS_AFTER, shape, dimensions, norms_bytes, status);
+    float *threshold = make_output(context, THRESHOLD, NULL, 0, sizeof(float), status);
     if (tf.TF_GetCode(status) != TF_OK) return;
     memcpy(norms, data[NORMS], norms_bytes);
-    memcpy(counts, data[COUNTS], counts_bytes);
-    const float max_threshold = *(const float *)data[MAX_THRESHOLD];
+    const uint32_t recorded_steps = *(const uint32_t *)data[RECORDED_STEPS];
     const float norm = *(const float *)data[NORM];
-    const autoclip_status done =
-        autoclip_arrays_step(rule, max_threshold, data[PERCENTILE], norms, (size_t)norms_size, counts, norm, last);
-    if (done != AUTOCLIP_OK) {
-        tf.TF_SetStatus(status, TF_FAILED_PRECONDITION, autoclip_status_message(done));
+    if (history == 0) {
+        *threshold = autoclip_window_observe(norms, (size_t)norms_size / 2, recorded_steps, norm, percentile);
         return;
     }
-    *scale = last[AUTOCLIP_SCALE];
+    const autoclip_status done = autoclip_tree_observe(history, recorded_steps, norms, norm, percentile, threshold);
+    if (done != AUTOCLIP_OK) tf.TF_SetStatus(status, TF_FAILED_PRECONDITION, autoclip_status_message(done));
 }
 
 static void compute(void *kernel, TF_OpKernelContext *context) {
@@ -114,26 +115,26 @@ static void compute(void *kernel, TF_OpKernelContext *context) {
         tf.TF_GetInput(context, found, &inputs[found], status);
         found += tf.TF_GetCode(status) == TF_OK;
     }
-    if (found == INPUTS) take_step(context, inputs, status);
+    if (found == INPUTS) observe(context, inputs, status);
     while (found > 0) tf.TF_DeleteTensor(inputs[--found]);
     if (tf.TF_GetCode(status) != TF_OK) tf.TF_OpKernelContext_Failure(context, status);
     tf.TF_DeleteStatus(status);
 }
 
 static const char *register_op(void) {
-    static const char *const inputs[INPUTS] = {"rule: int64",  "max_threshold: float", "percentile: int32",
-                                               "norms: float", "counts: int32",        "norm: float"};
-    static const char *const outputs[] = {"norms_after: float", "counts_after: int32", "last: float", "scale: float"};
-    TF_OpDefinitionBuilder *op = tf.TF_NewOpDefinitionBuilder("AutoClipStep");
+    static const char *const inputs[INPUTS] = {"norms: float", "recorded_steps: int32", "norm: float",
+                                               "percentile: int32", "history: int64"};
+    TF_OpDefinitionBuilder *op = tf.TF_NewOpDefinitionBuilder("AutoClipObserve");
     for (int i = 0; i < INPUTS; ++i) tf.TF_OpDefinitionBuilderAddInput(op, inputs[i]);
-    for (int i = 0; i < 4; ++i) tf.TF_OpDefinitionBuilderAddOutput(op, outputs[i]);
+    tf.TF_OpDefinitionBuilderAddOutput(op, "norms_after: float");
+    tf.TF_OpDefinitionBuilderAddOutput(op, "threshold: float");
     tf.TF_OpDefinitionBuilderSetIsStateful(op, true);
     tf.TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shapes);
     TF_Status *status = tf.TF_NewStatus();
     tf.TF_RegisterOpDefinition(op, status);
     if (tf.TF_GetCode(status) == TF_OK) {
-        TF_KernelBuilder *kernel = tf.TF_NewKernelBuilder("AutoClipStep", "CPU", NULL, compute, NULL);
-        tf.TF_RegisterKernelBuilder("AutoClipStep", kernel, status);
+        TF_KernelBuilder *kernel = tf.TF_NewKernelBuilder("AutoClipObserve", "CPU", NULL, compute, NULL);
+        tf.TF_RegisterKernelBuilder("AutoClipObserve", kernel, status);
     }
     const bool done = tf.TF_GetCode(status) == TF_OK;
     tf.TF_DeleteStatus(status);

@@ -2,14 +2,16 @@
  *
  * Written after the documented binary interface, xla/ffi/api/c_api.h of the OpenXLA project (https://github.com/openxla/xla,
  * Apache License 2.0), of which jaxlib ships a copy; a test compares every size and offset used here with that copy. The
- * interface grows at the ends of its structs only, and each struct begins with the size that its maker knew. */
+ * interface grows at the ends of its structs only, and each struct begins with the size that its maker knew.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_XLA_FFI_H
 #define AUTOCLIP_XLA_FFI_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-/* The oldest version that has all of this: a newer XLA serves it, and an older one would refuse a newer number. */
+/* The oldest version that has all of this: a newer XLA accepts it, and an older one would refuse a newer number. */
 enum { XLA_MAJOR = 0, XLA_MINOR = 1 };
 
 enum { XLA_EXTENSION_METADATA = 1 };

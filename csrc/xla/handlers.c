@@ -1,16 +1,18 @@
-/* The doors into XLA: what autoclip_jax calls inside a compiled program on the CPU.
+/* What autoclip_jax calls inside a compiled program on the CPU.
  *
- * Both doors take one norm and give the percentile of the norms remembered, which is infinite while there are none. Which
- * norms count is decided by the caller: an infinite one asks for the percentile and is not remembered. The percentile is
+ * Both handlers take one norm and give the percentile of the norms recorded, which is infinite while there are none. Which
+ * norms count is decided by the caller: an infinite one asks for the percentile and does not enter. The percentile is
  * given as numbers whose sum it is, because three float32 hold any double, and a program without float64 has no other.
  *
- *   autoclip_xla_window  (norms f32[2,N], remembered s32, norm f32, percentile f32[] or f64[]) -> (norms, threshold f32)
- *       The last N norms in an array that belongs to the program: ascending, and in order of age in a ring. Unused places
- *       hold infinities. `remembered` is the number of norms ever remembered, this one not among them. O(N).
+ *   autoclip_xla_window  (norms f32[2,N], recorded_steps s32, norm f32, percentile f32[] or f64[])
+ *                     -> (norms, threshold f32)
+ *       autoclip_window_observe for an array that belongs to the program.
  *
- *   autoclip_xla_tree    (step s32, last f32[1], norm f32, percentile f32[] or f64[]) -> (step, last, threshold f32)
- *       attribute `history` s64: an id of the table of shared histories, in which the norm is remembered as step `step`
- *       after the norm `last`. What comes back is the number of the next step, and its last norm. O(log n). */
+ *   autoclip_xla_tree    (previous f32[1], recorded_steps s32, norm f32, percentile f32[] or f64[])
+ *                     -> (previous, threshold f32)
+ *       autoclip_tree_observe; the attribute `history` s64 is an id of the table of shared histories.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "ffi.h"
 
 #include <math.h>
@@ -19,7 +21,7 @@
 
 #include <autoclip.h>
 
-#include "../arrays/step.h"
+#include "../arrays/observe.h"
 #include "../src/percentile.h"
 
 static xla_error *fail(const xla_call *call, int code, const char *message) {
@@ -54,7 +56,7 @@ static bool has_types(const xla_buffers *buffers, int64_t count, const int *type
     return true;
 }
 
-/* Whether these are the buffers that the door takes; the percentile comes last and may be of two types. */
+/* Whether these are the buffers that the handler takes; the percentile comes last and may be of two types. */
 static bool fits(const xla_call *call, int64_t operands, const int *operand_types, int64_t results,
                  const int *result_types) {
     if (call->operands.count != operands + 1) return false;
@@ -86,7 +88,7 @@ xla_error *autoclip_xla_window(xla_call *call) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_window: bad call");
     }
     const size_t window = (size_t)norms->sizes[1];
-    const size_t remembered = *(uint32_t *)operand(call, 1);
+    const size_t recorded_steps = *(uint32_t *)operand(call, 1);
     const float norm = *(float *)operand(call, 2);
     const double percentile = sum(call->operands.buffers[3]);
     if (!is_percentile(percentile)) {
@@ -95,32 +97,31 @@ xla_error *autoclip_xla_window(xla_call *call) {
     float *after = result(call, 0);
     /* The caller asks XLA to work in place; where it did not, there is a copy to make. */
     if (after != norms->data) memcpy(after, norms->data, 2 * window * sizeof *after);
-    *(float *)result(call, 1) = autoclip_window_observe(after, window, remembered, norm, percentile);
+    *(float *)result(call, 1) = autoclip_window_observe(after, window, recorded_steps, norm, percentile);
     return NULL;
 }
 
 /* --- In the tree ------------------------------------------------------------------------------------------------ */
 
 xla_error *autoclip_xla_tree(xla_call *call) {
-    static const int operands[] = {XLA_S32, XLA_F32, XLA_F32};
-    static const int results[] = {XLA_S32, XLA_F32, XLA_F32};
+    static const int operands[] = {XLA_F32, XLA_S32, XLA_F32};
+    static const int results[] = {XLA_F32, XLA_F32};
     if (answer_metadata(call)) return NULL;
     const xla_attributes *attributes = &call->attributes;
     const xla_scalar *history = attributes->count == 1 ? attributes->values[0] : NULL;
-    if (!fits(call, 3, operands, 3, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
+    if (!fits(call, 3, operands, 2, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
         history->type != XLA_S64) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_tree: bad call");
     }
     const uint64_t id = *(uint64_t *)history->value;
-    const uint32_t step = *(uint32_t *)operand(call, 0);
-    float last = *(float *)operand(call, 1);
+    float previous = *(float *)operand(call, 0);
+    const uint32_t recorded_steps = *(uint32_t *)operand(call, 1);
     const float norm = *(float *)operand(call, 2);
+    const double percentile = sum(call->operands.buffers[3]);
     float threshold;
-    const autoclip_status status =
-        autoclip_tree_observe(id, step, &last, norm, sum(call->operands.buffers[3]), &threshold);
+    const autoclip_status status = autoclip_tree_observe(id, recorded_steps, &previous, norm, percentile, &threshold);
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
-    *(uint32_t *)result(call, 0) = isfinite(norm) ? step + 1 : step;
-    *(float *)result(call, 1) = last;
-    *(float *)result(call, 2) = threshold;
+    *(float *)result(call, 0) = previous;
+    *(float *)result(call, 1) = threshold;
     return NULL;
 }

@@ -1,4 +1,4 @@
-"""The doors of the kernel into XLA: their binary interface, what programs call, and what serves where there is none."""
+"""The handlers of the kernel in XLA: their binary interface, what programs call, and what there is without them."""
 
 import ctypes
 import shutil
@@ -114,29 +114,29 @@ def test_window_needs_no_host_on_any_platform(platform, percentile):
 
 @recent_jax
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_tree_serves_on_the_cpu_and_says_so_elsewhere(platform):
+def test_tree_is_for_the_cpu_and_says_so_elsewhere(platform):
     text = lowered(autoclip(history=NormHistory()), platform)
     assert "callback" not in text
     assert text.count("autoclip_xla_tree") == (platform == "cpu")
-    assert ("serves on the CPU only; on this device leave it out" in text) == (platform != "cpu")
+    assert ("is for the CPU only; on this device leave it out" in text) == (platform != "cpu")
 
 
 def test_target_that_no_device_has_is_named_by_the_error(monkeypatch):
     # On a device other than the CPU XLA looks for this target, and says which one it lacks.
     monkeypatch.setattr(kernel, "_TREE", kernel._NO_TREE)
     tx = autoclip(history=NormHistory())
-    with pytest.raises(jax.errors.JaxRuntimeError, match="serves on the CPU only"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="is for the CPU only"):
         jax.jit(tx.update)(jnp.ones(1), tx.init(jnp.ones(1)))
 
 
 # The handlers by themselves.
 
 
-def window_call(ascending, ring, remembered, norm, percentile, **options):
+def window_call(ascending, ring, recorded_steps, norm, percentile, **options):
     assert kernel.backend() == "native"
     arguments = (
         jnp.asarray([ascending, ring], jnp.float32),
-        jnp.int32(remembered),
+        jnp.int32(recorded_steps),
         jnp.float32(norm),
         jnp.atleast_1d(jnp.asarray(percentile, jnp.float32)),
     )
@@ -151,14 +151,14 @@ def test_handler_works_beside_its_operands_too():
 
 
 def test_handler_stays_inside_arrays_that_are_no_window():
-    for ascending, ring, remembered in (
+    for ascending, ring, recorded_steps in (
         ([1, 2, 3], [9, 9, 9], 3),
         ([3, 2, 1], [np.nan] * 3, 2**31 - 1),
         ([np.nan] * 3, [0, 0, 0], -1),
         ([np.inf] * 3, [np.inf] * 3, 3),
     ):
         for norm in (0.5, 2.5, 100):
-            after, _, _ = window_call(ascending, ring, remembered, norm, 50)
+            after, _, _ = window_call(ascending, ring, recorded_steps, norm, 50)
             assert norm in after.tolist()
 
 
@@ -178,10 +178,10 @@ def test_handlers_refuse_calls_that_are_not_theirs():
         window_call([], [], 1, 1, 50)
 
 
-# Where there is no door.
+# Without the handlers.
 
 
-def test_without_the_kernel_jax_numpy_serves(run_python, other_backend):
+def test_without_the_kernel_jax_numpy_does_it(run_python, other_backend):
     code = """
 import jax.numpy as jnp
 from autoclip_jax import autoclip, backend

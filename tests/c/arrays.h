@@ -7,7 +7,7 @@
 
 #include "stream.h"
 
-#include "../../csrc/arrays/step.h"
+#include "../../csrc/arrays/observe.h"
 
 /* What a gradient may have: never below 0 nor -0.0, and now and then not finite. */
 static inline float norm_draw(enum values kind, uint64_t index, source *from) {

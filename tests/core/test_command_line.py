@@ -1,10 +1,14 @@
 """`autoclip` as a user types it: in a process of its own, with its exit codes, streams and terminals."""
 
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
+from math import nextafter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,16 +18,32 @@ from autoclip_core import NormHistory
 from autoclip_core.__main__ import main
 
 
-def autoclip(*arguments, columns=120, cwd=None, **environment):
+def autoclip(*arguments, columns=120, cwd=None, stdin=None, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
         [sys.executable, "-P", "-m", "autoclip_core", *map(str, arguments)],
-        capture_output=True,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         check=False,
         cwd=cwd,
         env={**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8", **environment},
     )
+
+
+class Done(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, capsys):
+    """The same within this process, where nothing depends on streams and the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return lambda *arguments: Done(main([*map(str, arguments)]), *capsys.readouterr())
 
 
 @pytest.fixture
@@ -137,6 +157,150 @@ def test_replay_draws(norms, tmp_path, absent):
     assert [path.name for path in tmp_path.glob("*norms.*")] == ["norms.png"], "a part of a picture is left"
 
 
+def test_replay_shows_columns_side_by_side(tmp_path, absent, run_main):
+    (tmp_path / "n.csv").write_text("grad_norm.a,grad_norm.b $x\n1,8\n2,4\n4,\n8,2\n", encoding="utf-8")
+    command = ["replay", "n.csv", "-p", 0, "--fixed", 2, "-c", "grad_norm.a", "-c", "grad_norm.b $x"]
+    table = """\
+grad_norm.a in n.csv: 4 steps, 1 to 8
+grad_norm.b $x in n.csv: 3 steps, 2 to 8
+
+norms           setting  history  final  median  clipped  scale  hardest
+grad_norm.a     p = 0      whole      1       1    75.0%   0.25   0.1375
+grad_norm.a     fixed 2               2       2    50.0%  0.375   0.2625
+grad_norm.b $x  p = 0      whole      2       4     0.0%      -        -
+grad_norm.b $x  fixed 2               2       2    66.7%  0.375   0.2625
+"""
+    code, printed, said = run_main(*command)
+    assert (code, printed.partition("\n\nfinal")[0] + "\n", said) == (0, table, "")
+    content = json.loads(run_main(*command, "--json").stdout)
+    assert [(part["column"], part["steps"], len(part["settings"])) for part in content["columns"]] == [
+        ("grad_norm.a", 4, 2),
+        ("grad_norm.b $x", 3, 2),
+    ]
+    try:
+        import matplotlib.image
+    except ImportError:
+        absent("matplotlib is not installed")
+    assert run_main(*command, "--plot", "two.PNG").code == 0
+    height, width, _ = matplotlib.image.imread(tmp_path / "two.PNG").shape
+    assert height == 1050
+    assert width == 1200
+
+
+def test_replay_tells_what_it_could_not_read(tmp_path, run_main):
+    (tmp_path / "n.jsonl").write_text('{"grad_norm": 1}\n{"gra{"grad_norm": 2}\n{"gr', encoding="utf-8")
+    done = run_main("replay", "n.jsonl", "--json")
+    content = json.loads(done.stdout)
+    assert (done.code, content["steps"], content["skipped"], len(content["notes"])) == (0, 1, 1, 2)
+    assert done.stderr == "".join(f"autoclip: {note}\n" for note in content["notes"])
+    done = run_main("replay", "n.jsonl")
+    assert (done.code, done.stdout.splitlines()[0]) == (0, "grad_norm in n.jsonl: 1 steps, 1 to 1")
+    assert done.stderr.count("\n") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+def test_replay_reads_what_comes_through_a_pipe(norms):
+    [expected] = [json.loads(autoclip("replay", norms, "--json").stdout)]
+    with gzip.open(norms.with_suffix(".gz"), "wb") as file:
+        file.write(norms.read_bytes())
+    for given, name in [("-", "-"), ("/dev/stdin", "/dev/stdin")]:
+        for file in (norms, norms.with_suffix(".gz")):
+            with subprocess.Popen(["cat", file], stdout=subprocess.PIPE) as pipe:
+                done = autoclip("replay", given, "--json", stdin=pipe.stdout)
+            assert json.loads(done.stdout) == expected | {"file": name}
+
+
+def test_names_that_cannot_be_shown_are_shown_by_their_codes(tmp_path):
+    (tmp_path / "n.jsonl").write_text('{"∇grad_norm\\ud800": 1}\n{"∇grad_norm\\ud800": 2}\n', encoding="utf-8")
+    for encoding in ("ascii", "utf-8"):
+        done = autoclip("replay", "n.jsonl", cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("\\u2207grad_norm\\ud800 in" if encoding == "ascii" else "∇grad_norm\\ud800 in")
+        done = autoclip("replay", "n.jsonl", "-c", "∇", cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_names_cannot_steer_the_terminal(tmp_path, run_main):
+    (tmp_path / "n.csv").write_text("\x1b[31mgrad_norm\x07,step\n1,2\nx,3\n", encoding="utf-8")
+    for arguments in (["n.csv"], ["n.csv", "-c", "step", "-c", "\x1b[31mgrad_norm\x07"], ["n.csv", "-c", "\x1b"]):
+        done = run_main("replay", *arguments)
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+        assert r"\x1b[31mgrad_norm\x07" in done.stdout + done.stderr.replace(r"\\", "\\")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks a shell of Unix")
+@pytest.mark.parametrize(
+    ("streams", "code", "says"),
+    [
+        ("info >&-", 1, "autoclip: there is no standard output to write to.\n"),
+        ("replay n.csv >&-", 1, "autoclip: there is no standard output to write to.\n"),
+        ("--help >&-", 1, "autoclip: there is no standard output to write to.\n"),
+        ("replay - <&-", 1, "autoclip: There is no standard input to read.\n"),
+        ("replay absent 2>&-", 1, ""),
+        ("info >&- 2>&-", 1, ""),
+        ("absent 2>&-", 2, ""),
+    ],
+)
+def test_closed_streams_are_no_error_of_the_program(streams, code, says, norms):
+    norms.rename(norms.with_name("n.csv"))
+    command = f"exec '{sys.executable}' -P -m autoclip_core {streams}"
+    done = subprocess.run(["sh", "-c", command], cwd=norms.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")  # noqa: PTH110
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_told(unbuffered, norms, tmp_path):
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        done = autoclip("replay", norms, stdout=full, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr.startswith("autoclip: ")
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_plot_leaves_nothing_behind_where_it_fails(norms, tmp_path, absent, run_main):
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError:
+        absent("matplotlib is not installed")
+    before = sorted(tmp_path.rglob("*"))
+    for picture, says in [(tmp_path, "is a folder"), (tmp_path / "no/norms.png", "no"), (tmp_path / "a.xyz", "drawn")]:
+        done = run_main("replay", norms, "-p", 1, "--plot", picture)
+        assert (done.code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert says in done.stderr
+    done = autoclip("replay", norms, "-p", 1, "--plot", tmp_path / "a.png", MPLBACKEND="broken")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "MPLBACKEND" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    # A window is not asked for.
+    done = autoclip("replay", norms, "-p", 1, "--plot", tmp_path / "a.png", MPLBACKEND="module://absent")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ZeroDivisionError("of a kind"), 3, "ZeroDivisionError in line .*: of a kind. This is an error of autoclip"),
+        (RecursionError("too\ndeep"), 3, "too deep"),
+        (MemoryError(), 1, "more memory than there is"),
+        (OSError(5, "Input/output error"), 1, "Input/output error"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_the_unexpected_becomes_one_sentence_and_a_code(error, code, says, monkeypatch, capsys):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(autoclip_core.__main__, "read_log", fail)
+    assert main(["replay", "any"]) == code
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert re.search(says, said)
+    assert said.count("\n") == (1 if says else 0)
+
+
 def test_info_tells_what_is_installed():
     done = autoclip("info")
     assert (done.returncode, done.stderr) == (0, "")
@@ -242,15 +406,30 @@ percentile   norm
     assert f"   0.001 {'#' * 30} 40\n" in ascii_only
 
 
-@pytest.mark.parametrize("norms", [[], [2.0], [2.0] * 9, [-1.0, 0.0, 1.0]])
-def test_inspect_shows_the_smallest_histories(norms, tmp_path):
+LARGEST = sys.float_info.max
+ULPS = [1.0, nextafter(1.0, 2.0), nextafter(nextafter(1.0, 2.0), 2.0)]
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        *([], [2.0], [2.0] * 9, [-1.0, 0.0, 1.0]),
+        *(ULPS, [-norm for norm in ULPS], [-LARGEST, LARGEST], [1.7e308, LARGEST], [5e-324, LARGEST], [0.0, 5e-324]),
+    ],
+)
+def test_inspect_shows_every_history(norms, tmp_path, run_main):
     history = NormHistory()
     history.extend(norms)
     path = tmp_path / "history.ach"
     path.write_bytes(history.to_bytes())
-    for option in ([], ["--json"]):
-        done = autoclip("inspect", path, *option)
-        assert (done.returncode, done.stderr) == (0, "")
+    done = run_main("inspect", path)
+    assert (done.code, done.stderr) == (0, "")
+    done = run_main("inspect", path, "--json")
+    assert (done.code, done.stderr) == (0, "")
+    histogram = json.loads(done.stdout)["histogram"]
+    assert sum(histogram["counts"]) == len(norms)
+    if norms:
+        assert (histogram["edges"][0], histogram["edges"][-1]) == (min(norms), max(norms))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Pictures hold what was given, and bad input is an error; how they look was looked at."""
 
+import io
 import sys
 
 import numpy as np
 import pytest
 
 from autoclip_core import AutoClipError, AutoClipValueError, NormHistory
-from autoclip_core.plot import plot_distribution, plot_norms, plot_thresholds
+from autoclip_core.plot import bin_edges, panels_to_save, plot_distribution, plot_norms, plot_thresholds
 from autoclip_core.replay import replay
 
 
@@ -69,9 +70,42 @@ def test_pictures_go_where_they_are_told(norms, plt):
     assert plot_distribution(norms, axes=right) is right
 
 
+@pytest.mark.parametrize(
+    "norms",
+    [
+        *([1.0], [5e-324], [1.7976931348623157e308], [1.7e308] * 3 + [1.7976931348623157e308]),
+        *(np.nextafter(1.0, 2.0) ** np.arange(4), [5e-324, 1.0, 1.7976931348623157e308], [1e-323, 5e-324]),
+    ],
+)
+def test_norms_of_every_size_are_drawn(norms):
+    for axes in (plot_distribution(norms), plot_thresholds(norms, 10.0), plot_norms(norms, norms[::-1])):
+        axes.figure.savefig(io.BytesIO())  # a warning is an error here
+    edges = bin_edges(min(norms), max(norms), 12)
+    assert (edges[0], edges[-1]) == (min(norms), max(norms))
+    assert np.histogram(norms, edges)[0].sum() == len(norms)
+
+
+def test_panels_to_save_ask_for_no_window(norms, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    for count in (1, 3):
+        panels = panels_to_save(count)
+        assert [plot_norms(norms, norms, axes=axes) for axes in panels] == panels
+        panels[0].figure.savefig(io.BytesIO())
+
+
+def test_matplotlib_that_does_not_start_is_told(norms, plt, monkeypatch):
+    def fail(**arguments):
+        raise ImportError("no display")
+
+    monkeypatch.setattr(plt, "subplots", fail)
+    with pytest.raises(AutoClipError, match=r"MPLBACKEND right\? \(no display\)"):
+        plot_thresholds(norms)
+
+
 def test_matplotlib_that_is_missing_is_named_with_the_remedy(norms, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    for draw in (plot_distribution, plot_thresholds):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (plot_distribution, plot_thresholds, lambda norms: panels_to_save(1)):
         with pytest.raises(AutoClipError, match=r'pip install "autoclip-core\[plot\]"'):
             draw(norms)
 
