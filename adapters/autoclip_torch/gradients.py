@@ -86,6 +86,8 @@ class Gradients:
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
         shards: tuple[ProcessGroup, ...] = ()
+        if _is_read_only(grad):
+            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
         address = kernel.address(local) if self._has_kernel else 0
         if not address:
@@ -248,6 +250,15 @@ class _Batch:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
         else:
             torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
+
+
+def _is_read_only(grad: Any) -> bool:
+    """Return whether a gradient cannot be scaled where it lies: its elements share memory, or nobody may write it."""
+    if grad.is_inference() and not torch.is_inference_mode_enabled():
+        return True
+    if grad.layout is not torch.strided or grad.is_contiguous():
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(grad.stride(), grad.shape, strict=True))
 
 
 @cache
