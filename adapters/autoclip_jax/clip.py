@@ -59,12 +59,12 @@ class AutoClipState(NamedTuple):
     @property
     def grad_norm(self) -> Array:
         """The norm of the latest updates, before clipping."""
-        return self.last[..., arrays.GRAD_NORM]
+        return arrays.number_of(jnp, self.last[..., arrays.GRAD_NORM])
 
     @property
     def clip_threshold(self) -> Array:
         """The percentile of the history, at most `max_threshold`; infinity while there is none."""
-        return self.last[..., arrays.CLIP_THRESHOLD]
+        return arrays.number_of(jnp, self.last[..., arrays.CLIP_THRESHOLD])
 
     @property
     def clip_scale(self) -> Array:
@@ -74,7 +74,7 @@ class AutoClipState(NamedTuple):
     @property
     def clipped(self) -> Array:
         """Whether the scale shortened the latest updates, which were finite."""
-        return self.last[..., arrays.CLIPPED] > 0.0
+        return self.last[..., arrays.OUTCOME] > 0.0
 
 
 def autoclip(
@@ -169,6 +169,7 @@ def autoclip(
             observe,
             state.norms,
             state.counts,
+            state.last,
             _global_norm(updates),
             warmup=warmup,
             nonfinite=nonfinite,
@@ -188,7 +189,8 @@ def metrics(state: Any) -> dict[str, Array]:
 
     Returns:
         `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
-        `steps`, `clipped_steps`, `nonfinite_steps`; scalar arrays.
+        `steps`, `clipped_steps`, `nonfinite_steps`, and `skipped_in_a_row`, how many of the latest updates were dropped
+        one after the other; scalar arrays.
 
     Raises:
         AutoClipValueError: there is no such state, or more than one.
@@ -203,7 +205,7 @@ def metrics(state: Any) -> dict[str, Array]:
         raise AutoClipValueError(
             f"metrics takes a state with one AutoClipState in it, but this {type(state).__name__} has {len(found)}."
         )
-    return arrays.metrics(found[0].counts, found[0].last)
+    return arrays.metrics(jnp, found[0].counts, found[0].last)
 
 
 def save_history(history: NormHistory) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -264,7 +266,9 @@ def _global_norm(updates: optax.Updates) -> Array:
         jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(jnp.square(leaf))
         for leaf in wide
     ]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32))).astype(jnp.float32)
+    total = sum(squares, jnp.zeros((), jnp.float32))
+    # The root has no derivative at 0.
+    return jnp.where(total == 0.0, 0.0, jnp.sqrt(jnp.where(total == 0.0, 1.0, total))).astype(jnp.float32)
 
 
 def _scaled(update: Array, scale: Array) -> Array:
