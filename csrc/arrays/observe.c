@@ -40,7 +40,9 @@ float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps
     float *sorted = norms;
     float *ring = norms + window;
     if (isinf(sorted[window - 1])) { /* an array of earlier releases, which had infinity where there is no norm */
-        for (size_t i = 0; i < 2 * window; ++i) norms[i] = fminf(norms[i], FLT_MAX);
+        for (size_t i = 0; i < 2 * window; ++i) {
+            if (isinf(norms[i])) norms[i] = FLT_MAX;
+        }
     }
     size_t size = recorded_steps < window ? recorded_steps : window;
     if (enters(norm)) {
@@ -75,6 +77,6 @@ autoclip_status autoclip_tree_observe(uint64_t history, uint64_t recorded_steps,
         status = autoclip_shared_percentile_step(history, recorded_steps, before, percentile, &found);
         if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
     }
-    *threshold = found < (double)FLT_MAX ? (float)found : FLT_MAX;
+    if (status == AUTOCLIP_OK) *threshold = found < (double)FLT_MAX ? (float)found : FLT_MAX;
     return status;
 }

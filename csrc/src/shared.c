@@ -397,7 +397,8 @@ autoclip_status autoclip_shared_percentile_step(uint64_t id, uint64_t step, doub
 LOCKED(clear, (uint64_t id), autoclip_history_clear(history); forget_steps(place))
 LOCKED(size, (uint64_t id, uint64_t *size), *size = autoclip_history_size(history))
 LOCKED(window, (uint64_t id, uint64_t *window), *window = autoclip_history_window(history))
-LOCKED(memory, (uint64_t id, uint64_t *bytes), *bytes = autoclip_history_memory(history) + (place->recent != NULL ? STEPS_SIZE : 0))
+LOCKED(memory, (uint64_t id, uint64_t *bytes),
+       *bytes = autoclip_history_memory(history) + (place->recent != NULL ? STEPS_SIZE : 0))
 LOCKED(push, (uint64_t id, double norm), status = autoclip_history_push(history, norm))
 LOCKED(extend, (uint64_t id, const double *norms, size_t count),
        status = autoclip_history_extend(history, norms, count))

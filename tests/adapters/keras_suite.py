@@ -411,7 +411,7 @@ def test_hostile_gradients_spoil_nothing(compiled):
         step(ops.convert_to_tensor(grad))
         norms.append(numbers(optimizer)["grad_norm"])
     kept = ops.convert_to_numpy(optimizer._state["norms"])[0]
-    assert_survived(norms, kept[np.isfinite(kept)], ops.convert_to_numpy(variable))
+    assert_survived(norms, kept[kept < np.finfo(np.float32).max], ops.convert_to_numpy(variable))
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("skip", 1.0), ("pass", nan)])
