@@ -85,7 +85,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _complain(sentence: str, code: int = 1) -> int:
     if sys.stderr is not None:
-        print("autoclip:", " ".join(sentence.split()), file=sys.stderr)
+        print("autoclip:", _printable(" ".join(sentence.split())), file=sys.stderr)
     return code
 
 
@@ -170,7 +170,7 @@ def _replay(options: argparse.Namespace) -> None:
         summaries = []
         for result in each_replay(log.norms, percentiles, windows, fixed=[options.fixed]):
             summaries.append(result.summary())
-            rows.append([log.name, *_row(result, summaries[-1], options.fixed)])
+            rows.append([_printable(log.name), *_row(result, summaries[-1], options.fixed)])
             if options.plot is not None and (result.percentile, result.window) == (draw_at, None):
                 panels.append((log, result))
         contents.append(
@@ -191,7 +191,7 @@ def _replay(options: argparse.Namespace) -> None:
         return
     for facts in contents:
         span = f"{_number(facts['lowest'])} to {_number(facts['highest'])}"
-        print(f"{facts['column']} in {source}: {facts['steps']:,} steps, {span}")
+        print(_printable(f"{facts['column']} in {source}: {facts['steps']:,} steps, {span}"))
         left_out = [f"{facts[what]:,} {what}" for what in ("zero", "nonfinite") if facts[what]]
         if left_out:
             print(f"not remembered: {', '.join(left_out)}")
@@ -241,7 +241,7 @@ def _plot(panels: Sequence[tuple[Log, Replay]], path: Path) -> None:
         label = f"threshold, p = {result.percentile:g}"
         plot_norms(log.norms, result.thresholds, result.clipped, label=label, axes=axes)
         if len(panels) > 1:
-            axes.set_title(log.name.encode("utf-8", "backslashreplace").decode(), parse_math=False)
+            axes.set_title(_printable(log.name), parse_math=False)
     picture = BytesIO()
     try:
         axes.figure.savefig(picture, dpi=150, format=path.suffix[1:].lower() or "png")
@@ -375,6 +375,11 @@ def _columns() -> int:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _printable(text: str) -> str:
+    """Show by its code what would move the cursor or change colours, as it may stand in the names of a log."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_json(content: Any) -> None:

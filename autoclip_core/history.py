@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def as_number(value: Any, name: str) -> float:
     """Return a real number as a float; refuse everything else, bool included."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise AutoClipTypeError(f"{name} must be a real number, but {_describe(value)} was given.")
+        remedy = "; take its value with .item()" if hasattr(value, "item") else ""
+        raise AutoClipTypeError(f"{name} must be a real number, but {_describe(value)} was given{remedy}.")
     try:
         return float(value)
     except OverflowError:
@@ -53,14 +54,17 @@ def as_count(value: Any, name: str, *, minimum: int) -> int:
 
 
 def _describe(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - Python writes no integer of more than some thousand digits, others fail as well
+        text = "a value that cannot be written out"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def _as_norm(value: Any) -> float:
     norm = as_number(value, "norm")
     if not isfinite(norm):
-        raise bad_norm(value)
+        raise bad_norm(norm)
     return norm
 
 
@@ -71,10 +75,21 @@ def _as_array(values: ArrayLike | Iterable[float], name: str) -> NDArray[np.floa
         values = cast("list[float]", list(values))
         if not {bool, np.bool_}.isdisjoint(map(type, values)):  # numpy would make numbers of them
             raise AutoClipTypeError(f"{name} must be real numbers, but there is a bool among them.")
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise AutoClipValueError(
+            f"{name} must be numbers, but some are masked; give those that are not: .compressed()."
+        )
     try:
         array = np.asarray(values)
     except ValueError:
         raise AutoClipValueError(f"{name} must be one-dimensional, but rows of different lengths were given.") from None
+    except (TypeError, RuntimeError) as error:  # of a tensor that numpy may not see, or has no type for
+        raise AutoClipTypeError(
+            f"{name} must be what numpy can read, but it cannot read this {type(values).__name__} ({error}); of a "
+            "tensor give .detach().double().cpu()."
+        ) from error
+    if array.dtype.kind == "O" and array.ndim == 1:  # integers of more than 64 bits, or fractions
+        array = np.array([as_number(value, name) for value in array.tolist()])
     if array.size and array.dtype.kind not in "fiu":
         raise AutoClipTypeError(f"{name} must be real numbers, but an array of {array.dtype} was given.")
     if array.ndim != 1:
@@ -148,11 +163,11 @@ class NormHistory:
         """
         array = _as_array(norms, "norms")
         if self.window is None and len(array) > 1:
-            import numpy as np
+            from autoclip_core._bits import ascending
 
             # The order of age is not kept, and numpy's vectorised sort is the fastest there is. What is not finite
             # gathers at the ends.
-            ordered = np.sort(array)
+            ordered = ascending(array)
             if not (isfinite(ordered[0]) and isfinite(ordered[-1])):
                 _check_finite(array)
             array = ordered

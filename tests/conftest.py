@@ -33,6 +33,9 @@ settings.register_profile(
 )
 settings.load_profile("ci" if DEMAND_ALL or os.environ.get("CI") else "dev")
 
+# Their assertions are to say as much as those of the tests.
+pytest.register_assert_rewrite("tests.adapters.contract", "tests.core.reference")
+
 # Before anything imports it: Hugging Face's hub is not to be asked, nor told.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 

@@ -82,6 +82,42 @@ def installed(tmp_path_factory):
     return (folder / "staged").rename(folder / "installed")
 
 
+def test_library_calls_itself_and_no_other_of_the_same_names(installed, need):
+    # A call that is looked up by name ends in whatever library the program has loaded first.
+    for library in (installed / "lib/libautoclip.so", Path(autoclip_core.kernel_library())):
+        if library.suffix == ".so" and sys.platform == "linux":
+            assert "autoclip_" not in run(need("readelf"), "--relocs", "--wide", str(library))
+
+
+@pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-ffinite-math-only"])
+@pytest.mark.parametrize("compiler", ["cc", "clang"])
+def test_kernel_is_not_built_with_arithmetic_that_loses_nan(compiler, flag, need, tmp_path):
+    for source in sorted((ROOT / "csrc/src").glob("s*.c")):
+        command = [need(compiler), "-std=c11", flag, "-c", f"-I{ROOT / 'csrc/include'}", str(source), "-o", "x.o"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "autoclip needs IEEE arithmetic" in done.stderr
+    done = subprocess.run(
+        [
+            "cmake",
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            "build",
+            f"-DCMAKE_C_FLAGS_RELEASE={flag}",
+            f"-DCMAKE_C_COMPILER={compiler}",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["cmake", "--build", "build"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "autoclip needs IEEE arithmetic" in done.stdout + done.stderr
+
+
 @pytest.fixture
 def pkg_config(installed, need):
     def pkg_config(*arguments):

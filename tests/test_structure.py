@@ -27,17 +27,18 @@ MAY_IMPORT = {
     "autoclip_core/__init__.py": "_backend arrays clip errors history",
     "autoclip_core/__main__.py": "__version__ _backend errors history plot replay [numpy]",
     "autoclip_core/_backend.py": "errors",
+    "autoclip_core/_bits.py": "numpy",
     "autoclip_core/_native.py": "_kernel errors [numpy]",
     "autoclip_core/_numba/__init__.py": "_numba.history",
-    "autoclip_core/_numba/check.py": "_numba.tree numpy",
-    "autoclip_core/_numba/compiler.py": "numba",
-    "autoclip_core/_numba/history.py": "_numba _numba.check _numba.tree errors numba numpy",
-    "autoclip_core/_numba/snapshot.py": "_numba.compiler _numba.tree errors numpy",
+    "autoclip_core/_numba/check.py": "_bits _numba.tree numpy",
+    "autoclip_core/_numba/compiler.py": "llvmlite numba",
+    "autoclip_core/_numba/history.py": "_bits _numba _numba.check _numba.tree errors numba numpy",
+    "autoclip_core/_numba/snapshot.py": "_bits _numba.compiler _numba.tree errors numpy",
     "autoclip_core/_numba/tree.py": "_numba.compiler numpy",
     "autoclip_core/arrays.py": "clip errors history",
     "autoclip_core/clip.py": "errors history",
     "autoclip_core/errors.py": "",
-    "autoclip_core/history.py": "_backend errors [numpy]",
+    "autoclip_core/history.py": "[_bits] _backend errors [numpy]",
     "autoclip_core/logs/__init__.py": "errors logs logs.found",
     "autoclip_core/logs/binary.py": "errors logs.found [numpy] [pandas] [pyarrow]",
     "autoclip_core/logs/events.py": "logs.found",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
     "adapters/autoclip_tensorflow/clip.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
-    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy",
+    "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy torch",
     "adapters/autoclip_tensorflow/graph.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/logger.py": "autoclip_core autoclip_tensorflow keras",
     "adapters/autoclip_tensorflow/optimizer.py": "autoclip_core autoclip_tensorflow keras numpy",
@@ -68,6 +69,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
     "adapters/autoclip_torch/gradients.py": "torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
@@ -79,7 +81,7 @@ IMPORTS_ARE_CHOSEN_BY = {"autoclip_core/_backend.py"}
 ENVIRONMENT_IS_READ_BY = {"autoclip_core/_backend.py"}
 
 NUMBA = [name for name in MAY_IMPORT if name.startswith("autoclip_core/_numba/")]
-PRIVATE = {"autoclip_core/_backend.py", "autoclip_core/_native.py", *NUMBA}
+PRIVATE = {"autoclip_core/_backend.py", "autoclip_core/_bits.py", "autoclip_core/_native.py", *NUMBA}
 
 # The modules of the core that adapters may use beside its names.
 PUBLIC_MODULES = {"arrays"}
@@ -92,6 +94,7 @@ KERNEL_MAY_INCLUDE = {
     "autoclip.h",
 }
 KERNEL_MAY_INCLUDE_IN = {
+    "float_mode.h": {"xmmintrin.h"},
     "memory.c": {"stdlib.h", "sys/mman.h"},
     "shared.c": {"stdatomic.h", "pthread.h", "time.h", "windows.h"},
 }
@@ -194,10 +197,13 @@ def test_numba_code_keeps_ieee_arithmetic_and_machine_types(name):
     assert not words & {"fastmath", "error_model", "jit", "nopython", "forceobj", "objmode", "looplift"}
 
 
+INTRINSICS = {"compiled", "enter_standard_mode", "leave_standard_mode", "uncounted"}
+
+
 @pytest.mark.parametrize("name", NUMBA)
 def test_compiled_functions_use_names_of_their_own_file_only(name):
     # Numba keeps compiled code until the file of the function changes, and looks at no other file.
-    imported = {alias for _, names, _ in imports_of(name) for alias in names} - {"compiled", "uncounted"}
+    imported = {alias for _, names, _ in imports_of(name) for alias in names} - INTRINSICS
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef) and "compiled" in map(ast.unparse, node.decorator_list):
             used = {part.id for line in node.body for part in ast.walk(line) if isinstance(part, ast.Name)}

@@ -72,10 +72,11 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self._options = Options(window, history, warmup, nonfinite, max_threshold)
-        state = first_state(self._options, percentile)
+        options = Options(window, history, warmup, nonfinite, max_threshold)
+        state = first_state(options, percentile)
         if history is not None:
             check_history()
+        self._options = options  # once they are known to be good: tf.Module wraps what it is given
         self._state = {
             key: tf.Variable(value, trainable=False, name=key, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             for key, value in state.items()

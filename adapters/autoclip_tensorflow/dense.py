@@ -70,6 +70,13 @@ def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: A
     return scale
 
 
+if keras.config.backend() == "torch":
+    from torch import compiler
+
+    # The kernel is not for torch.compile to trace.
+    take_step = compiler.disable(take_step)  # type: ignore[no-untyped-call]
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     try:

@@ -3,6 +3,7 @@
 Facts about optimizers that shaped this module:
 
 - The hook before a step runs before the closure, and the closure makes the gradients: clipping belongs behind it.
+- A copy of an optimizer, or a loaded one, has no hooks.
 - A GradScaler unscales the gradients of plain optimizers and leaves their step out after an overflow. Fused ones get
   scaled gradients, `grad_scale` to divide them by, and `found_inf` to leave everything alone if it is 1. So a fused
   optimizer can clip at no cost, by a greater `grad_scale`, and drop an update of which the host does not know.
@@ -11,33 +12,44 @@ Facts about optimizers that shaped this module:
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.gradients import moved
+from autoclip_torch.groups import Groups, name_of
+from autoclip_torch.optimizers import (
+    innermost,
+    is_nested,
+    lacks_momentum,
+    needs_closure,
+    params_of,
+    refuse_hidden_updates,
+)
 from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
     from autoclip_core import ClipStep
-    from autoclip_torch.gradients import Gradients
-    from autoclip_torch.groups import Scope
+    from autoclip_torch.groups import Parameters, Scope
     from autoclip_torch.pipeline import Mode, Pipeline
 
 _ABSENT = object()
-_attached: WeakSet[Optimizer] = WeakSet()
+_MARK = "_autoclip_owner"
+# How many looks without a step make a warning: if parameters change, and if nothing does.
+_LATE, _IDLE = 3, 100
+_clips: WeakKeyDictionary[Optimizer, AutoClip] = WeakKeyDictionary()
 
 
 def attach(
@@ -48,6 +60,7 @@ def attach(
     mode: Mode = "auto",
     process_group: ProcessGroup | None = None,
     check_ranks: ProcessGroup | bool = False,
+    names: Parameters | None = None,
     window: int | None = None,
     warmup: int = 0,
     nonfinite: Literal["skip", "raise", "pass"] = "skip",
@@ -61,23 +74,26 @@ def attach(
 
     After a non-finite norm under "skip" the optimizer leaves the parameters and its own state as they were, and the
     gradients are zeros (a deferred step of a fused optimizer leaves them as well). One exception: a deferred step of an
-    optimizer that is not fused, or of several groups, cannot be left out; there the gradients are zeros, and momentum
-    and weight decay act.
+    optimizer that is not fused cannot be left out; there the gradients are zeros, and momentum and weight decay act.
 
     `optimizer.state_dict()` stays as it was: save the AutoClip's own state beside it.
+
+    Around a wrapper (Accelerate, Fabric, SAM, Lookahead, ...) it is the optimizer inside that clips, because it makes
+    the update. A copy of the optimizer is not attached: see `attached`.
 
     A DeepSpeed engine, its optimizer, or what Accelerate or Fabric make of it, is attached to as by
     `autoclip_torch.deepspeed.attach`.
 
-    Args: as `AutoClip`, for the parameters of all groups, those added later included.
+    Args: as `AutoClip`, for the parameters of all groups, those added later included; and
+        names: a module, or (name, tensor) pairs, for a scope that needs names, which most optimizers do not know.
 
     Returns:
         The AutoClip; its `detach()` ends the clipping.
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
-        AutoClipError: the optimizer has an AutoClip already, or changes parameters during backward(), or its parameters
-            belong to an engine (see `AutoClip`).
+        AutoClipError: the optimizer has an AutoClip already, or makes updates that cannot be seen, or too early, or its
+            parameters belong to an engine (see `AutoClip`).
 
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -103,161 +119,304 @@ def attach(
                 "process_group."
             )
         return deepspeed.attach(engine, percentile, **options)
-    if not isinstance(optimizer, Optimizer):
-        raise AutoClipTypeError(
-            f"attach takes a torch.optim.Optimizer, but a {type(optimizer).__name__} was given; for parameters or a "
-            "module use AutoClip(...) and its step()."
-        )
-    # Accelerate, Fabric and Lightning wrap the optimizer whose step() is called in the end.
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if getattr(optimizer, "_overlap_with_ddp", False):  # a ZeroRedundancyOptimizer
+    optimizer = innermost(optimizer, "attach")
+    if attached(optimizer) is not None:
         raise AutoClipError(
-            "With overlap_with_ddp=True parameters change during backward(), before the norm of all gradients is "
-            "known; construct the ZeroRedundancyOptimizer without it."
+            f"This {name_of(optimizer)} has an AutoClip attached already, and a second one would record norms that are "
+            "clipped; use the first one, which attached(optimizer) returns, or detach() it."
         )
-    if optimizer in _attached:
-        raise AutoClipError(
-            f"This {type(optimizer).__name__} has an AutoClip attached already, and a second one would record norms "
-            "that are clipped; use the first one, or detach() it."
-        )
-    clip = AutoClip(optimizer, percentile, scope=scope, mode=mode, process_group=process_group, **options)
-    hooks = _Hooks(clip._pipeline, optimizer)
-    handles = [
-        # What reads values on the host is not for torch.compile to trace.
-        optimizer.register_step_pre_hook(torch.compiler.disable(hooks.before_step)),  # type: ignore[no-untyped-call]
-        optimizer.register_step_post_hook(torch.compiler.disable(hooks.after_step)),  # type: ignore[no-untyped-call]
-    ]
-
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
-        hooks.take_back()
-        _attached.discard(optimizer)
-
-    clip._detach = detach
-    _attached.add(optimizer)
+    refuse_hidden_updates(optimizer)
+    groups = Groups(optimizer, scope, names=names)
+    clip = AutoClip(groups, percentile, mode=mode, process_group=process_group, **options)
+    clip._attachment = StepHooks(clip._pipeline, optimizer)
+    _clips[optimizer] = clip
     return clip
 
 
-class _Hooks:
-    """What happens before and after the step of one optimizer."""
+def attached(optimizer: Optimizer) -> AutoClip | None:
+    """Return the AutoClip that clips inside the steps of an optimizer, or of the one that it wraps; None if none does.
+
+    A copy of an attached optimizer (copy.deepcopy, pickle, what a trainer saves whole and loads) is not attached.
+
+    Raises:
+        AutoClipTypeError: it is not an optimizer.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    >>> clip = attach(optimizer)
+    >>> attached(optimizer) is clip
+    True
+    >>> clip.detach()
+    >>> attached(optimizer)
+    """
+    if (engine := deepspeed_in(optimizer)) is not None:
+        from autoclip_torch import deepspeed
+
+        return deepspeed.attached(engine)
+    optimizer = innermost(optimizer, "attached")
+    clip = _clips.get(optimizer)
+    return clip if clip is not None and clip._attachment is not None and clip._attachment.is_on() else None
+
+
+class StepHooks:
+    """What happens before and after the steps of one optimizer, and what is known of those that nobody saw."""
 
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+        pipeline.advice = (
+            "optimizer.step() belongs between loss.backward() and zero_grad(), and the optimizer has to have the "
+            "parameters of the model that is trained"
+        )
+        pipeline.groups.hold(weakly=True)
         self._pipeline = pipeline
-        self._needs_closure = _needs_closure(optimizer)
+        self._optimizer = ref(optimizer)
+        self._name = name_of(optimizer)
+        self._needs_closure = needs_closure(optimizer)
+        # A step that is not torch's need not know of grad_scale, whatever it has inherited.
+        self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
         self._first: Tensor | None = None  # gradient of the step that is being made
-        self._optimizer = optimizer
+        self._is_stepping = self._has_nested = False
+        self._shared = self._find_shared(optimizer)
+        self._steps = 0
+        self._look: tuple[Any, ...] | None = None  # what was seen when somebody looked for steps and found no new ones
+        self._looked_after = 0  # steps
+        self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
+        self._warned: set[str] = set()
+        self._handles = [
+            # What reads values on the host is not for torch.compile to trace.
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
+        ]
 
-    def before_step(
+    def is_on(self) -> bool:
+        """Return whether the optimizer is there, and has the hooks."""
+        optimizer = self._optimizer()
+        hooks = (
+            {} if optimizer is None else {**optimizer._optimizer_step_pre_hooks, **optimizer._optimizer_step_post_hooks}
+        )
+        return all(handle.id in hooks for handle in self._handles)
+
+    def describe(self) -> str:
+        """Return a few words about the optimizer."""
+        return f"attached to {self._name}" if self.is_on() else f"no longer attached to {self._name}"
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._take_back()
+        self._pipeline.groups.hold(weakly=False)
+        optimizer = self._optimizer()
+        clip = None if optimizer is None else _clips.get(optimizer)
+        if clip is not None and clip._attachment is self:
+            del _clips[optimizer]  # type: ignore[arg-type]
+
+    def look(self, *, at_start: bool) -> None:
+        """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see.
+
+        Args:
+            at_start: look only if there never was a step, and do not expect one at every look.
+        """
+        if at_start and self._steps:
+            return
+        optimizer = self._optimizer()
+        if optimizer is None:
+            self._warn(
+                f"The {self._name} to which this AutoClip was attached is gone, and its steps with it. A copy of an "
+                "optimizer, or a loaded one, is not attached: attach to that, and load_state_dict() this state."
+            )
+            return
+        if self._steps != self._looked_after:
+            self._looked_after, self._look, self._unseen, self._idle = self._steps, None, 0, 0
+            return
+        before, self._look = self._look, self._what_is_there(optimizer)
+        if before is None:
+            return
+        self._unseen += before[:2] != self._look[:2]
+        self._idle += before == self._look and not at_start
+        if self._unseen == _LATE:
+            self._warn(
+                f"The parameters of the {self._name} change, and AutoClip sees no step of it: nothing is clipped. Who "
+                "makes the updates? attached(optimizer) tells whether an optimizer has an AutoClip; a copy has none."
+            )
+        elif self._idle == _IDLE:
+            self._warn(
+                f"AutoClip has seen no step of its {self._name} during {_IDLE} calls of log(), and no new gradient "
+                "either. If another optimizer is used in its place (a copy has no AutoClip), attach to that."
+            )
+
+    def _what_is_there(self, optimizer: Optimizer) -> tuple[Any, ...]:
+        """Return numbers that change with the parameters, twice, and with the gradients."""
+        params = [param for group in optimizer.param_groups for param in group["params"] if not param.is_inference()]
+        versions = sum(param._version for param in params)
+        # Not every optimizer writes so that a version tells. Reading is waiting, so only if there never was a step.
+        values = None
+        if not self._steps:
+            plain = [
+                param.detach()
+                for param in params
+                if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
+            ]
+            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else None
+        grad = next((param.grad for param in params if param.grad is not None), None)
+        return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+    def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.take_back()  # a step that failed did not get as far as the hook behind it
-        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self._is_stepping:  # or did not get as far as the hook behind the step, because it failed
+            if is_nested(optimizer):
+                self._has_nested = True
+                return None
+            if all(param.grad is None for param, _ in self._hidden):
+                self._take_back()
+            else:  # somebody has made new gradients since
+                self._hidden = []
+                self._take_back()
+        self._is_stepping, self._has_nested = True, False
+        self._steps += 1
+        at = args[1] if len(args) > 1 else None
+        closure: Callable[[], Any] | None = at if callable(at) else kwargs.get("closure")
         if closure is None:
             if self._needs_closure:
                 raise AutoClipTypeError(
                     f"{type(optimizer).__name__}.step() needs a closure that zeroes the gradients, evaluates the loss, "
                     "calls backward() and returns the loss; AutoClip clips after each call of it."
                 )
-            self._clip_gradients()
+            self._clip_gradients(optimizer)
             return None
 
         def closure_then_clip() -> Any:
-            self.take_back()
+            self._take_back()
             loss = closure()
-            self._clip_gradients()
+            self._clip_gradients(optimizer)
             return loss
 
-        if len(args) > 1:
+        if closure is at:
             return (args[0], closure_then_clip, *args[2:]), kwargs
         return args, {**kwargs, "closure": closure_then_clip}
 
-    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._has_nested and is_nested(optimizer):
+            return
         if self._first is not None:
             self._pipeline.repeats.touch(self._first)
-        self.take_back()
+        self._take_back()
+        self._is_stepping = False
+        if self._shared:
+            self._mark_shared()
 
     @torch.no_grad()
-    def _clip_gradients(self) -> None:
-        grad_scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
+    def _clip_gradients(self, optimizer: Optimizer) -> None:
+        grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if self._shared:
+            self._warn_of_shared()
         measured = self._pipeline.measure(grad_scale)
         steps = self._pipeline.decide(measured, found_inf)
         gradients = measured.gradients
+        fused = gradients.plain and _is_fused(optimizer)
+        if isinstance(steps, DeviceStep):
+            # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.
+            fused = fused and not lacks_momentum(optimizer)
+            if fused:
+                self._let_leave_out(optimizer, steps, found_inf)
+        folds = fused and self._is_torch and gradients.count == 1
         if isinstance(steps, dict) and is_dropped(steps):
             self._pipeline.apply(gradients, steps)
-            self._hide_gradients()
-        elif steps and self._can_scale(gradients) and not (isinstance(steps, DeviceStep) and self._lacks_momentum()):
-            self._let_scale(steps, grad_scale, found_inf)
+            self._hide_gradients(optimizer)
+        elif steps and folds:
+            self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.repeats.leave(gradients, steps)
+        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds)
         self._first = gradients.first
 
-    def _can_scale(self, gradients: Gradients) -> bool:
-        """Return whether the optimizer takes one scale for all gradients."""
-        return (
-            getattr(self._optimizer, "_step_supports_amp_scaling", False)
-            and all(group.get("fused") for group in self._optimizer.param_groups)
-            and gradients.count == 1
-            and gradients.plain
-        )
-
-    def _lacks_momentum(self) -> bool:
-        # In the first step of a fused SGD torch allocates the momentum before it leaves that step out: without values.
-        return isinstance(self._optimizer, torch.optim.SGD) and any(
-            group["momentum"] and self._optimizer.state.get(param, {}).get("momentum_buffer") is None
-            for group in self._optimizer.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        )
+    def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
+        """Have the optimizer leave everything alone if the step is dropped."""
+        dropped = steps.scale[0] == 0.0 if len(steps.scale) == 1 else (steps.scale == 0.0).any()
+        if found_inf is not None:
+            # Torch adds up what it finds on several devices, and then looks for a 1.
+            dropped = dropped.logical_or(moved(found_inf, dropped.device))
+        self._lend(optimizer, "found_inf", dropped.float())
 
     def _let_scale(
-        self, steps: dict[int, ClipStep] | DeviceStep, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, optimizer: Optimizer, steps: dict[int, ClipStep] | DeviceStep, grad_scale: Tensor | None
     ) -> None:
-        """Have the optimizer divide the gradients in its own pass, or leave everything alone if the step is dropped."""
+        """Have the optimizer divide the gradients in its own pass."""
         if isinstance(steps, DeviceStep):
             scale = steps.scale[0].float()
-            dropped = steps.scale[0] == 0.0
-            if found_inf is not None:
-                # Torch adds up what it finds on several devices, and then looks for a 1.
-                dropped = dropped.logical_or(moved(found_inf, scale.device))
-            self._lend("found_inf", dropped.float())
         elif steps[0].scale == 1.0:
             return
         else:
             scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
         # Infinity if the step is dropped: then nothing is divided by it.
-        self._lend("grad_scale", 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale)
+        divisor = 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale
+        self._lend(optimizer, "grad_scale", divisor)
 
-    def _lend(self, name: str, value: Tensor) -> None:
-        self._lent.append((name, value, getattr(self._optimizer, name, _ABSENT)))
-        setattr(self._optimizer, name, value)
+    def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
+        self._lent.append((name, value, getattr(optimizer, name, _ABSENT)))
+        setattr(optimizer, name, value)
 
-    def _hide_gradients(self) -> None:
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+    def _hide_gradients(self, optimizer: Optimizer) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
         self._hidden = [(param, param.grad) for param in params if param.grad is not None]
         for param, _ in self._hidden:
             param.grad = None
 
-    def take_back(self) -> None:
+    def _take_back(self) -> None:
         """Undo what was done to the optimizer for the time of its step."""
         for param, grad in self._hidden:
             if param.grad is None:
                 param.grad = grad
+        optimizer = self._optimizer()
         for name, lent, before in self._lent:
-            if getattr(self._optimizer, name, None) is not lent:
+            if getattr(optimizer, name, None) is not lent:
                 continue
             if before is _ABSENT:
-                delattr(self._optimizer, name)
+                delattr(optimizer, name)
             else:
-                setattr(self._optimizer, name, before)
+                setattr(optimizer, name, before)
         self._hidden, self._lent, self._first = [], [], None
 
+    # Parameters of several optimizers: after one backward() the second one sees what the first has clipped.
 
-def _needs_closure(optimizer: Optimizer) -> bool:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    def _find_shared(self, optimizer: Optimizer) -> set[int]:
+        """Return the parameters, by id, that another attached optimizer has too, and tell that one."""
+        shared: set[int] = set()
+        for other, clip in list(_clips.items()):
+            common = params_of(optimizer) & params_of(other) if clip._attachment is not None else set()
+            if common:
+                clip._attachment._shared |= common  # type: ignore[union-attr]
+                shared |= common
+        return shared
+
+    def _shared_gradient(self) -> Tensor | None:
+        params = (param for group in self._pipeline.groups.by_name.values() for param in group)
+        return next((param.grad for param in params if id(param) in self._shared and param.grad is not None), None)
+
+    def _mark_shared(self) -> None:
+        grad = self._shared_gradient()
+        if grad is not None and any(step.clipped for step in self._pipeline.latest.values()):
+            setattr(grad, _MARK, (id(self), grad._version))
+
+    def _warn_of_shared(self) -> None:
+        grad = self._shared_gradient()
+        owner, version = getattr(grad, _MARK, (id(self), 0))
+        if grad is not None and owner != id(self) and grad._version == version:
+            self._warn(
+                f"This {self._name} shares parameters with another attached optimizer, which has clipped the gradients "
+                "before: AutoClip remembers norms that are clipped. Attach to one of them, or call backward() for each."
+            )
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer takes a divisor, and a verdict on the step, from a GradScaler."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _STATE_FORMAT = 1
+
+
+class Attachment(Protocol):
+    """What clips inside the steps of an optimizer."""
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+
+    def is_on(self) -> bool:
+        """Return whether the optimizer is there, and is clipped."""
+
+    def look(self, *, at_start: bool) -> None:
+        """Warn, once, if it does not clip any more; `at_start`, only if it never did."""
+
+    def describe(self) -> str:
+        """Return a few words about the optimizer."""
 
 
 class AutoClip:
@@ -66,11 +83,12 @@ class AutoClip:
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
 
-    _detach: Callable[[], None] | None = None  # set by `attach`: ends the clipping inside optimizer.step()
+    _attachment: Attachment | None = None  # set by `attach`: clips inside optimizer.step()
+    _is_copy = False  # of an attached one, and never told so
 
     def __init__(
         self,
-        params: Parameters,
+        params: Parameters | Groups,
         percentile: float = 10.0,
         *,
         scope: Scope | Callable[[str], str] = "global",
@@ -88,7 +106,8 @@ class AutoClip:
                 "use autoclip_torch.deepspeed.attach(engine) instead."
             )
         options = {"window": window, "warmup": warmup, "nonfinite": nonfinite, "max_threshold": max_threshold}
-        self._pipeline = Pipeline(Groups(params, scope), percentile, options, mode, process_group, check_ranks)
+        groups = params if isinstance(params, Groups) else Groups(params, scope)  # `attach` makes its own
+        self._pipeline = Pipeline(groups, percentile, options, mode, process_group, check_ranks)
         self._step_untraced = _step_untraced()
 
     @property
@@ -169,18 +188,19 @@ class AutoClip:
         """
         if torch.compiler.is_compiling():
             return self._step_untraced(self)
-        if self._detach is not None:
+        if self._attachment is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "
                 "AutoClip.step(), or call detach() first."
             )
+        self._is_copy = False
         pipeline = self._pipeline
         with torch.no_grad():
             measured = pipeline.measure()
             steps = pipeline.decide(measured)
             gradients = measured.gradients
             pipeline.apply(gradients, steps)
-            pipeline.repeats.leave(gradients, steps)
+            pipeline.leave(gradients, steps)
         if isinstance(steps, DeviceStep):
             present = gradients.present
             every = enumerate(zip(*steps, strict=True))
@@ -195,8 +215,10 @@ class AutoClip:
 
         `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` (0 or 1), each followed by a slash and
         the group's name if the scope is not "global"; and `clipped_share`, over the last 100 steps. Never waits: a
-        deferred step is the latest when its norms have reached the host.
+        deferred step is the latest when its norms have reached the host. Warns, once, if nothing is clipped any more:
+        if the optimizer is gone, if this is a copy, or if updates are made that an attached AutoClip does not see.
         """
+        self._look()
         pipeline = self._pipeline
         pipeline.receive()
         numbers: dict[str, float] = {}
@@ -212,9 +234,9 @@ class AutoClip:
 
     def detach(self) -> None:
         """Undo `attach`: optimizer.step() no longer clips. The history stays. Does nothing if not attached."""
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: plain scalars, and bytes, which torch.load takes by default.
@@ -247,6 +269,9 @@ class AutoClip:
                 f"The state has format {state.get('format')!r}, and this release reads format {_STATE_FORMAT}; was it "
                 "made by autoclip_torch.AutoClip.state_dict(), and by a release not later than this one?"
             )
+        shares = state.get("clipped_shares", [])
+        if not isinstance(shares, list) or not all(isinstance(share, float) for share in shares):
+            raise StateError(f"The state has clipped_shares={shares!r}, which is not a list of numbers.")
         scope = self._pipeline.groups.scope
         if state.get("scope") != scope:
             raise StateError(
@@ -254,6 +279,7 @@ class AutoClip:
                 "construct it with the scope of the run that is resumed."
             )
         self._pipeline.refresh()
+        groups = self._pipeline.groups.renamed(groups)
         clips = self._pipeline.clips
         for lacking, what in ((clips.keys() - groups.keys(), "lacks"), (groups.keys() - clips.keys(), "has besides")):
             if lacking:
@@ -264,19 +290,38 @@ class AutoClip:
         loaded = {name: self._pipeline.make_clip() for name in clips}
         for name, clip in loaded.items():
             clip.load_state_dict(groups[name])
-        self._pipeline.replace(loaded)
+        self._pipeline.replace(loaded, shares)
 
     def __repr__(self) -> str:
         clips = self._pipeline.clips
         what = repr(clips["global"]) if self._pipeline.groups.scope == "global" else f"{len(clips)} groups"
-        return f"<autoclip_torch.AutoClip of {len(self._pipeline.groups)} parameters: {what}>"
+        to = f", {self._attachment.describe()}" if self._attachment is not None else ""
+        return f"<autoclip_torch.AutoClip of {len(self._pipeline.groups)} parameters{to}: {what}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_pipeline": self._pipeline}  # a copy is not attached
+        return {"_pipeline": self._pipeline, "_is_copy": self._is_copy or self._attachment is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._step_untraced = _step_untraced()
+
+    def _look(self, *, at_start: bool = False) -> None:
+        """Warn, once, if nothing is clipped though somebody thinks so; `at_start`, before any step was seen."""
+        if self._attachment is not None:
+            self._attachment.look(at_start=at_start)
+        elif self._is_copy:
+            self._is_copy = False
+            warnings.warn(
+                "This is a copy of an AutoClip that was attached, and copies are not attached: nothing is clipped. "
+                "Attach to the copy of the optimizer, and load_state_dict() this state.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """Return the state with what `log` needs, for trainers that save whole files."""
+        # Not in every state: torch.distributed.checkpoint loads no state of before that lacks an entry.
+        return {**self.state_dict(), "clipped_shares": list(self._pipeline.clipped_shares)}
 
     def _only(self, what: str) -> autoclip_core.AutoClip:
         scope = self._pipeline.groups.scope

@@ -14,20 +14,20 @@ from __future__ import annotations
 import sys
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.attach import attach as attach_to_optimizer
+from autoclip_torch.attach import attached as attached_to_optimizer
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.groups import Groups
 from autoclip_torch.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
@@ -42,8 +42,6 @@ _GROUPS_OF = {
     "DeepSpeedZeroOptimizer_Stage3": "fp16_groups",
     "FP16_UnfusedOptimizer": "fp16_groups",
 }
-
-_attached: WeakSet[Any] = WeakSet()
 
 
 def attach(
@@ -92,8 +90,8 @@ def attach(
         "nonfinite": nonfinite,
         "max_threshold": max_threshold,
     }
-    optimizer = found.optimizer if hasattr(found, "gradient_clipping") else found
-    if optimizer in _attached:
+    optimizer = _optimizer_of(found)
+    if attached(found) is not None:
         raise AutoClipError(
             f"This {type(optimizer).__name__} has an AutoClip attached already; use that one, or detach() it."
         )
@@ -108,8 +106,22 @@ def attach(
     pipeline = _Pipeline(Groups(params, "global"), percentile, options, "immediate", None, check_ranks)
     clip = AutoClip.__new__(AutoClip)
     clip.__setstate__({"_pipeline": pipeline})
-    clip._detach = _Steps(pipeline, optimizer).attach()
+    clip._attachment = steps = _Steps(pipeline, optimizer)
+    steps.attach(clip)
     return clip
+
+
+def attached(engine: Any) -> AutoClip | None:
+    """Return the AutoClip that clips inside the steps of an engine, or None."""
+    optimizer = _optimizer_of(deepspeed_in(engine))
+    if isinstance(optimizer, Optimizer):
+        return attached_to_optimizer(optimizer)
+    clip: AutoClip | None = getattr(type(optimizer), "_autoclip", None)
+    return clip
+
+
+def _optimizer_of(engine: Any) -> Any:
+    return engine.optimizer if hasattr(engine, "gradient_clipping") else engine
 
 
 def _refuse_settings(engine: Any, optimizer: Any) -> None:
@@ -174,23 +186,32 @@ class _Steps:
         self._is_stepping = False
         self._limit: float | None = None  # what DeepSpeed reads in this step; None before it has
 
-    def attach(self) -> Callable[[], None]:
-        """Take part in every step from now on; return what ends that."""
+    def attach(self, clip: AutoClip) -> None:
+        """Take part in every step from now on."""
         own = {
+            "_autoclip": clip,
             "__module__": self._kind.__module__,
             "clip_grad": property(lambda _: self.limit(), lambda *_: None),  # a checkpoint brings its own
             "step": lambda _, *args, **kwargs: self.step(*args, **kwargs),
         }
         del self._optimizer.clip_grad
         self._optimizer.__class__ = type(self._kind.__name__, (self._kind,), own)
-        _attached.add(self._optimizer)
-        return self.detach
 
     def detach(self) -> None:
         """Leave the optimizer as it was."""
         self._optimizer.__class__ = self._kind
         self._optimizer.clip_grad = 0.0
-        _attached.discard(self._optimizer)
+
+    def is_on(self) -> bool:
+        """Return whether the optimizer reads its limit from here."""
+        return type(self._optimizer) is not self._kind
+
+    def look(self, *, at_start: bool) -> None:
+        """Do nothing: a step that is not clipped raises."""
+
+    def describe(self) -> str:
+        """Return a few words about the optimizer."""
+        return f"attached to {self._kind.__module__}.{self._kind.__qualname__}"
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Make DeepSpeed's step, which reads the limit unless it leaves the update out."""

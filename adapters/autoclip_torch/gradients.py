@@ -113,6 +113,13 @@ class Gradients:
         """The groups that have gradients on this rank; a single group even if it has none."""
         return {0} if self.count == 1 else {index for _, indices in self._lists.values() for index in indices}
 
+    @property
+    def carry_graph(self) -> bool:
+        """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
+        if self.first is None or not self.first.requires_grad:
+            return False
+        return not any(tensor._is_view() for tensors, _ in self._lists.values() for tensor in tensors)
+
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 

@@ -5,9 +5,11 @@ Parameters are known by their names, their order or their optimizer, never by `i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import is_
 from typing import Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ class Groups:
     Args:
         source: as `params` of AutoClip. An optimizer is asked again by `refresh`; everything else is read once.
         scope: as for AutoClip.
+        names: a module, or (name, tensor) pairs: the names of an optimizer's parameters, if it does not know them.
 
     Raises:
         AutoClipTypeError, AutoClipValueError: they cannot be used, or there are no parameters.
@@ -33,7 +36,13 @@ class Groups:
     params: list[Tensor]  # of all groups
     by_name: dict[str, list[Tensor]]
 
-    def __init__(self, source: Parameters, scope: Scope | Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        source: Parameters,
+        scope: Scope | Callable[[str], str],
+        *,
+        names: Parameters | None = None,
+    ) -> None:
         if not callable(scope) and scope not in get_args(Scope):
             raise AutoClipValueError(
                 f'scope must be "global", "group", "parameter" or a function, but {scope!r} was given.'
@@ -45,11 +54,14 @@ class Groups:
             )
         self._group_of = scope if callable(scope) else None
         self.scope = "function" if callable(scope) else scope
-        self._optimizer = source if isinstance(source, Optimizer) else None
-        named = _named_tensors(source) if self._optimizer is None else []
+        self._names = {} if names is None else {tensor: name for name, tensor in _named_tensors(names)}
+        self._places: dict[str, str] = {}  # the names of groups by those that they have without `names`
+        named = [] if isinstance(source, Optimizer) else _named_tensors(source)
+        # Changed in place, because `hold` hands them out.
         self.params = [param for _, param in named]
         self._listed: list[Tensor] = []  # as the optimizer has them
         self.by_name = self._grouped([name for name, _ in named])
+        self._source: Optimizer | ref[Optimizer] | None = source if isinstance(source, Optimizer) else None
         self.refresh()
         if not self.params:
             raise AutoClipValueError(
@@ -61,24 +73,57 @@ class Groups:
         """Return the number of parameters."""
         return len(self.params)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": self.optimizer}
+
+    def hold(self, *, weakly: bool) -> None:
+        """Keep the optimizer alive, or give its parameters up with it: what it keeps must not keep it."""
+        optimizer = self.optimizer
+        if weakly and optimizer is not None:
+            give_up = partial(_give_up, self._names, self.params, self._listed, self.by_name)
+            self._source = ref(optimizer, give_up)
+        else:
+            self._source = optimizer
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose parameters these are; None if there is none, or none any more."""
+        return self._source() if isinstance(self._source, ref) else self._source
+
     def refresh(self) -> bool:
         """Read the optimizer's parameters again; return whether they have changed."""
-        if self._optimizer is None:
+        optimizer = self.optimizer
+        if optimizer is None:
             return False
-        groups = self._optimizer.param_groups
+        groups = optimizer.param_groups
         listed = [param for group in groups for param in group["params"]]
         if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
             return False
-        self._listed = listed
-        names = [name for index, group in enumerate(groups) for name in _names(index, group)]
-        named = dict(zip(reversed(listed), reversed(names), strict=True))  # the first name of a tensor listed twice
-        self.params = list(dict.fromkeys(listed))
-        self.by_name = (
+        places = [f"{index}.{at}" for index, group in enumerate(groups) for at in range(len(group["params"]))]
+        known = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
+        names = [
+            name or self._names.get(param, place) for name, param, place in zip(known, listed, places, strict=True)
+        ]
+        # The first name of a tensor listed twice.
+        named = dict(zip(reversed(listed), reversed(names), strict=True))
+        self._listed[:] = listed
+        self.params[:] = dict.fromkeys(listed)
+        grouped = (
             {str(index): list(dict.fromkeys(group["params"])) for index, group in enumerate(groups)}
             if self.scope == "group"
             else self._grouped([named[param] for param in self.params])
         )
+        self.by_name.clear()
+        self.by_name.update(grouped)
+        if self._names and self.scope == "parameter":
+            self._places = dict(zip(places, names, strict=True))
         return True
+
+    def renamed(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what was saved of each group by the names of today: once the parameters had none but their places."""
+        if saved.keys() != self._places.keys():
+            return saved
+        return {self._places[place]: state for place, state in saved.items()}
 
     def _grouped(self, names: list[str]) -> dict[str, list[Tensor]]:
         if self.scope == "global":
@@ -94,10 +139,18 @@ class Groups:
         return grouped
 
 
-def _names(index: int, group: dict[str, Any]) -> list[str]:
-    """Return the names that an optimizer was given, or the places of its parameters."""
-    names: list[str] = group.get("param_names") or [f"{index}.{place}" for place in range(len(group["params"]))]
-    return names
+def name_of(subject: Any) -> str:
+    """Return the name of an object's class with its module."""
+    return f"{type(subject).__module__}.{type(subject).__qualname__}"
+
+
+def _give_up(
+    names: dict[Tensor, str], params: list[Tensor], listed: list[Tensor], by_name: dict[str, list[Tensor]], _: Any
+) -> None:
+    """Let go of the parameters of an optimizer that is gone, and keep the names of their groups."""
+    names.clear()
+    for tensors in (params, listed, *by_name.values()):
+        tensors.clear()
 
 
 def _named_tensors(source: Any) -> list[tuple[str, Tensor]]:

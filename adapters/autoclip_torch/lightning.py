@@ -49,11 +49,14 @@ class AutoClipCallback(Callback):
 
     def __init__(self, percentile: float = 10.0, **options: Any) -> None:
         self._options = {"percentile": percentile, **options}
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # for the next fit
+        self._is_over = False  # the run that has loaded it
         self.clips: list[AutoClip] = []  # of the trainer's optimizers, in order
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that clips as well."""
+        if self._is_over:
+            self._loaded = None
         if trainer.gradient_clip_val:
             raise AutoClipValueError(
                 f"The Trainer has gradient_clip_val={trainer.gradient_clip_val}, and AutoClip would record norms that "
@@ -63,12 +66,14 @@ class AutoClipCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, which are as they will be used only now."""
         loaded, self._loaded = self._loaded, None
-        options = self._options
+        options = {"names": pl_module, **self._options}
         if (group := fsdp1_group(trainer.model)) is not None:
             options = {"process_group": group, **options}
         engine = deepspeed_in(trainer.model)
         optimizers: list[Any] = trainer.optimizers if engine is None else [engine]
-        self.clips = [attach(optimizer, **options) for optimizer in optimizers]
+        self.clips = []
+        for optimizer in optimizers:
+            self.clips.append(attach(optimizer, **options))
         if loaded is None:
             if trainer.ckpt_path is not None:
                 warnings.warn(
@@ -83,7 +88,9 @@ class AutoClipCallback(Callback):
             clip.load_state_dict(loaded[str(index)])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log the latest step."""
+        """Log the latest step; warn if updates are made and none is seen."""
+        for clip in self.clips:
+            clip._look(at_start=True)
         # Private, but as Lightning's own callbacks do it: five numbers cost a millisecond, which no step is to pay.
         if not trainer._logger_connector.should_update_logs:
             return
@@ -101,10 +108,16 @@ class AutoClipCallback(Callback):
         """Leave the optimizers as they were."""
         self.on_train_end(trainer, pl_module)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was loaded for a test or a validation; a fit may have had nothing left to do, and be saved."""
+        self._is_over = True
+        if stage != "fit":
+            self._loaded = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each optimizer's AutoClip, for a checkpoint."""
-        return self._loaded or {str(index): clip.state_dict() for index, clip in enumerate(self.clips)}
+        return self._loaded or {str(index): clip._checkpoint() for index, clip in enumerate(self.clips)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the optimizers, which may not be there yet."""
-        self._loaded = state_dict
+        self._loaded, self._is_over = state_dict, False

@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from math import copysign, hypot, inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class Pipeline:
         check_ranks: the processes that must see the same norms and thresholds.
     """
 
+    advice = "it belongs between loss.backward() and zero_grad(), on the parameters that are trained"
+
     def __init__(
         self,
         groups: Groups,
@@ -91,14 +94,15 @@ class Pipeline:
         """Return a clip for one more group."""
         return AutoClip(self._percentile, **self._options)
 
-    def replace(self, clips: dict[str, AutoClip]) -> None:
+    def replace(self, clips: dict[str, AutoClip], shares: Iterable[float] = ()) -> None:
         """Go on with other clips of the same groups, and forget all that was on its way."""
         self._clips = clips
         self._percentile = next(iter(clips.values())).percentile
         self._deferred: Deferred | None = None
+        self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
         self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
-        self.clipped_shares: deque[float] = deque(maxlen=_SHARE_OVER)  # of the groups, at each step
+        self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
 
     @property
     def percentile(self) -> float:
@@ -134,7 +138,8 @@ class Pipeline:
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
         # An engine may have taken them since: it takes all that are trained, so one of them tells.
-        self.refuse_parts([next(iter(filter(_is_trained, self.groups.params)), self.groups.params[0])])
+        if (param := next(filter(_is_trained, self.groups.params), None)) is not None:
+            self.refuse_parts([param])
         if self.groups.refresh():
             self.refuse_parts(self.groups.params)
             clips = self.clips
@@ -146,8 +151,21 @@ class Pipeline:
 
         Args:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
+
+        Raises:
+            AutoClipError: these are not all gradients yet.
+            NonFiniteNormError: an earlier, deferred step had no finite norm; nothing is done yet.
         """
+        if torch._C._current_graph_task_id() != -1 and len(self.groups) > 1:
+            raise AutoClipError(
+                f"A step inside backward() sees some of the {len(self.groups)} gradients only, and would take their "
+                "norm for that of all; make the step after backward(), or give each tensor an optimizer of its own."
+            )
         self.refresh()
+        self.receive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         device = self._deferred.device if self._deferred is not None else None
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
         if is_capturing(gradients.device):
@@ -158,8 +176,7 @@ class Pipeline:
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
-                "No parameter has a gradient, so AutoClip had nothing to clip or to remember; it belongs between "
-                "loss.backward() and zero_grad(), on the parameters that are trained.",
+                f"No parameter has a gradient, so AutoClip had nothing to clip or to remember; {self.advice}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -220,7 +237,27 @@ class Pipeline:
             self._agreement.check(norms.tolist(), [clip.threshold for clip in self.clips.values()], norms.device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Change the gradients as decided."""
+        """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
+        if gradients.carry_graph:
+            with torch.enable_grad():
+                self._apply(gradients, steps)
+        else:
+            self._apply(gradients, steps)
+
+    def leave(
+        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
+    ) -> None:
+        """Remember the gradients as they are left, so as to know them again.
+
+        Args:
+            gradients: measured before.
+            steps: what was decided.
+            may_keep_nonfinite: whether those of a dropped step are as they were, and not zeros.
+        """
+        may_keep_nonfinite |= self._options["nonfinite"] == "pass"
+        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite)
+
+    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         if isinstance(steps, DeviceStep):
             gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
         elif is_dropped(steps):
@@ -230,7 +267,13 @@ class Pipeline:
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
-            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, self._receive)
+            me = WeakMethod(self._receive)  # what holds itself is freed late: when Python looks for such things
+
+            def report(norms: list[float], percentile: float) -> None:
+                if (receive := me()) is not None:
+                    receive(norms, percentile)
+
+            self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, report)
         measured = norms = norms.double()
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
@@ -240,16 +283,20 @@ class Pipeline:
         return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
-        """Take in the norms of a deferred step, and the percentile that it had."""
+        """Take in the norms of a deferred step, and the percentile that it had.
+
+        An error waits for the next step: whoever reads a history, or loads an older one, did nothing wrong.
+        """
         now = self._percentile
-        if percentile == now:
-            self.observe(_found(norms))
-            return
-        self.percentile = percentile
+        if percentile != now:
+            self.percentile = percentile
         try:
             self.observe(_found(norms))
+        except NonFiniteNormError as error:
+            self._error = self._error or error
         finally:
-            self.percentile = now
+            if percentile != now:
+                self.percentile = now
 
     def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""

@@ -10,6 +10,7 @@ torch to swap it when a module is converted.
 from __future__ import annotations
 
 from itertools import count
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +34,10 @@ class Repeats:
     _mark: int | None = None  # of the first gradient of this rank, if there is one
     _version = 0
     _tolerance = 0.0
+    _are_zeros = True
 
-    def leave(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Remember the gradients as a step has left them."""
+    def leave(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool) -> None:
+        """Remember the gradients as a step has left them (see Pipeline.leave)."""
         self.forget()
         first = gradients.first
         if first is None and not gradients.is_shared:
@@ -47,7 +49,8 @@ class Repeats:
         # The scale rounds each element by half a unit.
         self._tolerance = max(1e-5, torch.finfo(torch.float32 if first is None else first.dtype).eps / 2)
         if isinstance(steps, DeviceStep):
-            self._norms = steps.norm * steps.scale  # NaN of a group that is dropped, and then all gradients are zeros
+            self._norms = steps.norm * steps.scale  # NaN of a group that is dropped
+            self._are_zeros = not may_keep_nonfinite  # all of them, then
         elif any(step.scale == 0.0 for step in steps.values()):
             self._norms = dict.fromkeys(steps, 0.0)
         else:
@@ -66,15 +69,20 @@ class Repeats:
         left = self._norms
         if not isinstance(left, dict) or not self._is_untouched(gradients) or norms.keys() != left.keys():
             return False
-        return all(abs(norm - left[index]) <= self._tolerance * norm for index, norm in norms.items())
+        return all(
+            abs(norm - left[index]) <= self._tolerance * norm or not (isfinite(norm) or isfinite(left[index]))
+            for index, norm in norms.items()
+        )
 
     def has_on_device(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
         """Return the same as a tensor, shape (), or None if they cannot be."""
         if not isinstance(self._norms, Tensor) or not self._is_untouched(gradients):
             return None
         left = moved(self._norms, norms.device)
-        left = torch.where(left.isnan().any(), 0.0, left)
-        same: Tensor = ((norms - left).abs() <= self._tolerance * norms.abs()).all()
+        if self._are_zeros:
+            left = torch.where(left.isnan().any(), 0.0, left)
+        near = (norms - left).abs() <= self._tolerance * norms.abs()
+        same: Tensor = (near | ~(norms.isfinite() | left.isfinite())).all()
         return same
 
     def _is_untouched(self, gradients: Gradients) -> bool:

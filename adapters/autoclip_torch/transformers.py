@@ -51,14 +51,15 @@ class AutoClipMixin(TrainerCallback):
     """
 
     args: TrainingArguments
+    model: torch.nn.Module
     clip: AutoClip | None = None
 
     def __init__(self, *args: Any, autoclip: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.max_grad_norm not in (0.0, type(self.args).max_grad_norm):
+        if self.args.max_grad_norm not in (None, 0.0, type(self.args).max_grad_norm):
             raise AutoClipValueError(
-                f"AutoClip replaces max_grad_norm={self.args.max_grad_norm}; leave it out. To cap AutoClip's "
-                "threshold use autoclip={'max_threshold': ...}."
+                f"AutoClip replaces max_grad_norm={self.args.max_grad_norm}; leave it out, or give 0. To cap "
+                "AutoClip's threshold use autoclip={'max_threshold': ...}."
             )
         self._autoclip_options = dict(autoclip or {})
         self._autoclip_optimizer: Optimizer | None = None
@@ -94,7 +95,7 @@ class AutoClipMixin(TrainerCallback):
         if self.clip is not None and self.args.should_save and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             part = folder / f"{_FILE}.part"
             with part.open("wb") as file:
-                torch.save(self.clip.state_dict(), file)
+                torch.save(self.clip._checkpoint(), file)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk before it has its name
             part.replace(folder / _FILE)
@@ -112,7 +113,7 @@ class AutoClipMixin(TrainerCallback):
         if self.clip is None or kwargs["optimizer"] is not self._autoclip_optimizer:
             self._autoclip_optimizer = kwargs["optimizer"]
             engine = getattr(self, "deepspeed", None)  # the optimizer alone does not know whether it clips
-            self.clip = attach(engine or self._autoclip_optimizer, **self._autoclip_options)
+            self.clip = attach(engine or self._autoclip_optimizer, **{"names": self.model, **self._autoclip_options})
         if not self._autoclip_resumes:
             return
         file = Path(self._autoclip_resumes, _FILE)
@@ -120,3 +121,8 @@ class AutoClipMixin(TrainerCallback):
             self.clip.load_state_dict(torch.load(file, weights_only=True))
         else:
             warnings.warn(f"There is no {file}, so AutoClip begins a new history.", RuntimeWarning, stacklevel=2)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Warn if updates are made and none is seen."""
+        if self.clip is not None:
+            self.clip._look(at_start=True)

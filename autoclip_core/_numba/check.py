@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from autoclip_core import _bits
 from autoclip_core._numba.tree import (
     CHILD,
     COUNT,
@@ -66,13 +67,15 @@ def broken(facts: Ints, pool: Floats, ring: Floats, window: int | None) -> str |
         return "every row is in the tree, free or fresh"
     if not np.isfinite(keys).all():
         return "every norm is finite"
-    if (np.signbit(keys) & (keys == 0.0)).any():
+    if _bits.have_negative_zero(keys):
         return "no norm is -0.0"
-    if (keys[:-1] > keys[1:]).any():
+    if not _bits.are_ascending(keys[:-1], keys[1:]):
         return "norms stand in ascending order"
     for separator, counts in separators:
         first = np.cumsum(counts) - counts
-        if (separator > keys[first]).any() or (separator[1:] < keys[first[1:] - 1]).any():
+        if not (
+            _bits.are_ascending(separator, keys[first]) and _bits.are_ascending(keys[first[1:] - 1], separator[1:])
+        ):
             return "every separator stands between the keys on its two sides"
     near = nodes == facts[NEAR]
     first = np.cumsum(sizes) - sizes
@@ -83,6 +86,6 @@ def broken(facts: Ints, pool: Floats, ring: Floats, window: int | None) -> str |
             return "there are no more norms than the window admits"
         if not 0 <= facts[OLDEST] < (size if size == window else 1):
             return "the ring begins with the oldest norm until it is full"
-        if not np.array_equal(np.sort(by_age(facts, ring)), keys):
+        if not np.array_equal(_bits.ascending(by_age(facts, ring)).view(np.int64), keys.view(np.int64)):
             return "the tree holds the norms of the window"
     return None

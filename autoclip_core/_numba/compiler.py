@@ -12,12 +12,15 @@ What shaped it:
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import numba
+from llvmlite import ir
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
@@ -65,6 +68,61 @@ def compiled(function: _Function) -> _Function:
         except (OSError, RuntimeError) as failure:
             _cannot_keep(failure)
     return made
+
+
+# A thread may flush subnormal numbers to zero: then two of them compare equal. Compiled functions that compare or
+# compute do so between these two, as csrc/src/float_mode.h does; others have no such mode, or none known.
+_X86 = platform.machine() in {"x86_64", "AMD64"}
+_ARM = platform.machine() in {"aarch64", "arm64"}
+_FLUSHES = 0x8040 if _X86 else 1 << 24
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _get_mode(builder: Any) -> Any:
+    if _X86:
+        slot = cgutils.alloca_once(builder, ir.IntType(32))
+        _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(slot, cgutils.voidptr_t))
+        return builder.zext(builder.load(slot), ir.IntType(64))
+    return _call(builder, "llvm.aarch64.get.fpcr", ir.IntType(64)) if _ARM else ir.IntType(64)(0)
+
+
+def _set_mode(builder: Any, mode: Any) -> None:
+    if _X86:
+        slot = cgutils.alloca_once_value(builder, builder.trunc(mode, ir.IntType(32)))
+        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(slot, cgutils.voidptr_t))
+    elif _ARM:
+        _call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), mode)
+
+
+def _if_flushes(builder: Any, mode: Any) -> Any:
+    return builder.if_then(cgutils.is_not_null(builder, builder.and_(mode, mode.type(_FLUSHES))), likely=False)
+
+
+def _enter_standard_mode(_: Any) -> Any:
+    def generate(_: Any, builder: Any, __: Any, ___: Any) -> Any:
+        mode = _get_mode(builder)
+        with _if_flushes(builder, mode):
+            _set_mode(builder, builder.and_(mode, mode.type(~_FLUSHES)))
+        return mode
+
+    return numba.int64(), generate
+
+
+def _leave_standard_mode(_: Any, __: Any) -> Any:
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        with _if_flushes(builder, arguments[0]):
+            _set_mode(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64), generate
+
+
+enter_standard_mode: Any = intrinsic(_enter_standard_mode) if _has_compiler else lambda: 0
+leave_standard_mode: Any = intrinsic(_leave_standard_mode) if _has_compiler else lambda _: None
 
 
 def _uncounted(_: Any, array: Any) -> Any:

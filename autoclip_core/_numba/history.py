@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import numba
 import numpy as np
 
-from autoclip_core import errors
+from autoclip_core import _bits, errors
 from autoclip_core._numba import snapshot
 from autoclip_core._numba.check import broken
 from autoclip_core._numba.tree import (
@@ -133,17 +133,17 @@ class History:
         self.observe(norm, 0.0)
 
     def extend(self, norms: Floats) -> None:
-        norms = norms + 0.0  # a copy without -0.0
+        norms = _bits.plain(norms)
         with _lock:
             if len(norms) <= len(self) // 4:
                 self._remember(norms, np.empty(0), np.empty((len(norms), 0)))
             elif self._window is not None:
                 norms = np.concatenate((self._aged(), norms))[-self._window :].copy()
-                self._build(np.sort(norms), norms)
+                self._build(_bits.ascending(norms), norms)
             else:
                 norms = np.concatenate((self.values(), norms))
-                norms.sort(kind="stable")  # two runs, for NormHistory has sorted its own: they are only merged
-                self._build(norms, np.empty(0))
+                # Two runs, for NormHistory has sorted its own: they are only merged.
+                self._build(_bits.ascending(norms, kind="stable"), np.empty(0))
 
     def observe(self, norm: float, percentile: float) -> float:
         with _lock:
@@ -163,7 +163,7 @@ class History:
     def observe_many(self, norms: Floats, percentiles: Floats) -> Floats:
         thresholds = np.empty((len(norms), len(percentiles)))
         with _lock:
-            self._remember(norms + 0.0, percentiles + 0.0, thresholds)
+            self._remember(_bits.plain(norms), percentiles.copy(), thresholds)
         return thresholds
 
     def merge(self, other: Self) -> None:
@@ -227,7 +227,7 @@ class History:
     def from_bytes(cls, made: bytes | memoryview) -> Self:
         norms, window = snapshot.load(made)
         history = cls(window)
-        history._build(norms if window is None else np.sort(norms), np.empty(0) if window is None else norms)
+        history._build(norms if window is None else _bits.ascending(norms), np.empty(0) if window is None else norms)
         return history
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from autoclip_core import errors
+from autoclip_core import _bits, errors
 from autoclip_core._numba.compiler import compiled
 
 if TYPE_CHECKING:
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 Words = NDArray[np.uint64]
 
 _MAGIC = int.from_bytes(b"\x89ACH\r\n\x1a\n", "little")
-_VERSION_1_0 = 64 << 32 | 0 << 16 | 1  # header length, minor, major
+_MAJOR, _MINOR = 1, 0
 _HEADER = 8  # words
 _HAS_WINDOW = 1
+_ESSENTIAL = 2**32 - 1  # flags that no reader may ignore
 
 # XXH64 with seed 0, for whole 64-bit words, after its published specification.
 
@@ -67,13 +68,13 @@ def dump(norms: Floats, window: int | None) -> bytes:
     """The snapshot of these norms: in order of age if there is a window, else ascending."""
     flags = 0 if window is None else _HAS_WINDOW
     words = norms.view(np.uint64)
-    header = np.array([_MAGIC, _VERSION_1_0, flags, len(norms), window or 0, 0, 0], np.uint64)
+    header = np.array([_MAGIC, 64 << 32 | _MINOR << 16 | _MAJOR, flags, len(norms), window or 0, 0, 0], np.uint64)
     codes = np.array([checksum(header), checksum(words)], np.uint64)
     return b"".join(part.astype("<u8", copy=False).data for part in (header, codes[:1], words, codes[1:]))
 
 
 def load(made: bytes | memoryview) -> tuple[Floats, int | None]:
-    """The norms of a snapshot and its window; the opposite of `dump`."""
+    """The norms of a snapshot and its window; the opposite of `dump`. What a later minor version adds is left out."""
 
     def refuse() -> NoReturn:
         raise errors.bad_snapshot(len(made))
@@ -84,17 +85,22 @@ def load(made: bytes | memoryview) -> tuple[Floats, int | None]:
     magic, version, flags, count, window, *zeros, code = header.tolist()
     if magic != _MAGIC or code != checksum(header[:-1]):
         refuse()
-    if version & 0xFFFF > _VERSION_1_0 & 0xFFFF:
+    major, minor, length = version & 0xFFFF, version >> 16 & 0xFFFF, version >> 32
+    if major > _MAJOR:
         raise errors.new_snapshot()
-    has_known_form = version & ~0xFFFF0000 == _VERSION_1_0 and not any(zeros)  # whatever the minor version
-    has_sound_window = flags == (_HAS_WINDOW if window else 0) and (not window or count <= window)
-    if not has_known_form or not has_sound_window or len(made) != 8 * (_HEADER + count + 1):
+    is_plain = length == 8 * _HEADER and flags <= _HAS_WINDOW and not any(zeros)
+    if major != _MAJOR or not (is_plain or minor > _MINOR) or length % 8 or len(made) % 8:
+        refuse()
+    if not 8 * _HEADER <= length <= len(made) - 8:
         refuse()
     words = np.frombuffer(made, "<u8", offset=8 * _HEADER).astype(np.uint64)
     if words[-1] != checksum(words[:-1]):
         refuse()
-    norms = words[:-1].view(np.float64)
-    if not np.isfinite(norms).all() or not (window or (norms[:-1] <= norms[1:]).all()):
+    if flags & _ESSENTIAL > _HAS_WINDOW:
+        raise errors.new_snapshot()
+    norms = _bits.plain(words[length // 8 - _HEADER : -1].view(np.float64))
+    if bool(flags & _HAS_WINDOW) != (window > 0) or count != len(norms) or (window and count > window):
         refuse()
-    norms += 0.0  # without -0.0
+    if not np.isfinite(norms).all() or not (window or _bits.are_ascending(norms[:-1], norms[1:])):
+        refuse()
     return norms, window or None

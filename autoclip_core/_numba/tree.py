@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autoclip_core._numba.compiler import compiled, uncounted
+from autoclip_core._numba.compiler import compiled, enter_standard_mode, leave_standard_mode, uncounted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -395,35 +395,46 @@ def history_observe(facts: Ints, keys: Floats, ring: Floats, norm: float, percen
     facts[SHORT] = not has_room(facts, keys, ring)
     if facts[SHORT] or not (0.0 <= percentile <= 100.0 and abs(norm) < np.inf):
         return np.nan
+    mode = enter_standard_mode()
     links = keys.view(np.int64)
     remember(facts, keys, links, ring, norm + 0.0)  # -0.0 becomes 0.0
-    return percentile_of(facts, keys, links, percentile)
+    threshold = percentile_of(facts, keys, links, percentile)
+    leave_standard_mode(mode)
+    return threshold
 
 
 @compiled
 def history_observe_many(
     facts: Ints, keys: Floats, ring: Floats, norms: Floats, percentiles: Floats, thresholds: Floats, first: int
 ) -> int:
-    """Observe the norms from `first` on while there is room; return the index of the one that found none."""
+    """Observe the norms from `first` on while there is room; return the index of the first that finds none."""
     facts, keys, ring = uncounted(facts), uncounted(keys), uncounted(ring)
+    mode = enter_standard_mode()
     links = keys.view(np.int64)
-    for i in range(first, len(norms)):
-        if not has_room(facts, keys, ring):
-            return i
-        remember(facts, keys, links, ring, norms[i])
-        for j in range(len(percentiles)):
-            thresholds[i, j] = percentile_of(facts, keys, links, percentiles[j])
-    return len(norms)
+    done = first
+    while done < len(norms) and has_room(facts, keys, ring):
+        remember(facts, keys, links, ring, norms[done])
+        for i in range(len(percentiles)):
+            thresholds[done, i] = percentile_of(facts, keys, links, percentiles[i])
+        done += 1
+    leave_standard_mode(mode)
+    return done
 
 
 @compiled
 def history_percentile(facts: Ints, keys: Floats, percentile: float) -> float:
-    return percentile_of(facts, keys, keys.view(np.int64), percentile)
+    mode = enter_standard_mode()
+    threshold = percentile_of(facts, keys, keys.view(np.int64), percentile)
+    leave_standard_mode(mode)
+    return threshold
 
 
 @compiled
 def history_rank(facts: Ints, keys: Floats, norm: float) -> int:
-    return tree_rank(facts, keys, keys.view(np.int64), norm)
+    mode = enter_standard_mode()
+    rank = tree_rank(facts, keys, keys.view(np.int64), norm)
+    leave_standard_mode(mode)
+    return rank
 
 
 @compiled

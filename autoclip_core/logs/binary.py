@@ -96,42 +96,47 @@ def _take(array: NDArray[Any], name: str, found: Found) -> None:
 
 
 def read_parquet(file: BinaryIO, found: Found) -> None:
-    """Read the columns that are asked for, part by part."""
-    try:
-        from pyarrow import ArrowException, Table, parquet
-    except ImportError:
-        _read_parquet_by_pandas(file, found)
-        return
-    try:
-        content = parquet.ParquetFile(file)
-        for at in range(len(content.schema)):
-            found.under(content.schema.column(at).path)
-        for name, series in found.chosen().items():
-            for batch in content.iter_batches(columns=[name]):
-                table = Table.from_batches([batch])
-                while table.num_columns == 1 and table.schema.types[0].num_fields == 1:  # a record inside a record
-                    table = table.flatten()
-                series.norms.frombytes(table.column(0).drop_null().cast("float64").to_numpy().tobytes())
-    except ArrowException as error:
-        raise AutoClipValueError(f"{found.source} is parquet that cannot be read: {error}.") from None
+    """Read the columns that are asked for, by the first library that is there."""
+    reason = ""
+    for read in (_read_by_pyarrow, _read_by_pandas):
+        try:
+            read(file, found)
+            return
+        except ImportError as error:
+            reason = str(error).partition("\n")[0]
+        except AutoClipValueError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each library and each of its engines has its own
+            raise AutoClipValueError(f"{found.source} is parquet that cannot be read: {error}") from None
+    raise AutoClipValueError(
+        f"{found.source} is parquet, which takes pyarrow or pandas to read: pip install pyarrow ({reason})."
+    )
 
 
-def _read_parquet_by_pandas(file: BinaryIO, found: Found) -> None:
-    try:
-        import pandas as pd
+def _read_by_pyarrow(file: BinaryIO, found: Found) -> None:
+    from pyarrow import Table, parquet
 
-        content = pd.read_parquet(file)
-        columns = {str(name): content[name] for name in content.columns}
-        for name in columns:
-            found.under(name)
-        for name, series in found.chosen().items():
-            series.norms = columns[name].to_numpy("float64", na_value=math.nan)
-    except ImportError as error:
-        reason = str(error).partition("\n")[0]
-        raise AutoClipValueError(
-            f"{found.source} is parquet, which takes pyarrow or pandas to read: pip install pyarrow ({reason})."
-        ) from None
-    except AutoClipValueError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each of the engines of pandas has its own
-        raise AutoClipValueError(f"{found.source} is parquet that cannot be read: {error}.") from None
+    content = parquet.ParquetFile(file)
+    for at in range(len(content.schema)):
+        found.under(content.schema.column(at).path)
+    for name, series in found.chosen().items():
+        for batch in content.iter_batches(columns=[name]):
+            table = Table.from_batches([batch])
+            while table.num_columns == 1 and str(table.schema.types[0]).startswith("struct"):  # a record in a record
+                table = table.flatten()
+            if str(table.schema.types[0]) == "bool":
+                raise AutoClipValueError(f"{name!r} in {found.source} is true or false, not a norm.")
+            series.norms.frombytes(table.column(0).drop_null().cast("float64").to_numpy().tobytes())
+
+
+def _read_by_pandas(file: BinaryIO, found: Found) -> None:
+    import pandas as pd
+
+    content = pd.read_parquet(file)
+    columns = {str(name): content[name] for name in content.columns}
+    for name in columns:
+        found.under(name)
+    for name, series in found.chosen().items():
+        if columns[name].dtype == bool:
+            raise AutoClipValueError(f"{name!r} in {found.source} is true or false, not a norm.")
+        series.norms = columns[name].to_numpy("float64", na_value=math.nan)

@@ -113,7 +113,8 @@ class Found:
             notes = list(self.notes)
             if skipped:
                 what = "1 entry skipped" if skipped == 1 else f"{skipped:,} entries skipped, the first"
-                notes.insert(0, f"{self.source}: {len(series.norms):,} numbers were read and {what}: {first}.")
+                read = "1 number was" if len(series.norms) == 1 else f"{len(series.norms):,} numbers were"
+                notes.insert(0, f"{self.source}: {read} read and {what}: {first}.")
             logs.append(Log(name, np.frombuffer(series.norms), skipped, notes))
         return logs
 

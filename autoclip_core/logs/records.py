@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Whole numbers of any size are norms as well.
 _decoder = json.JSONDecoder(parse_int=float)
-_SPACE = re.compile(r"\s*")
+_BETWEEN = re.compile(r"[\s,]*")
 _NOT_JSON = (ValueError, RecursionError)
 
 
@@ -74,7 +74,7 @@ def _documents(text: str) -> tuple[list[Any], int, json.JSONDecodeError | None]:
     """Decode as many documents as stand in a row: what they hold, where they end, and what is wrong there."""
     contents: list[Any] = []
     at = 0
-    while (at := _SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         try:
             content, at = _decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:

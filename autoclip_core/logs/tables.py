@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autoclip_core.logs.found import Found, Series
 
 # A quoted cell with more lines is none, and in a file with more quotes that are never closed they mean nothing.
-_INSIDE, _OPEN_QUOTES = 1000, 100
+_INSIDE, _OPEN_QUOTES = 1000, 20
 
 
 def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
@@ -33,18 +33,19 @@ def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
     if not top:
         raise AutoClipValueError(f"{found.source} is empty.")
     split = _splitter([line for _, line in top])
-    header, _ = split(top[0][1])
+    header = [cell.strip() for cell in split(top[0][1])[0]]
     if not all(map(_is_number, header)):
         del top[0]
     elif remark and len(split(remark)[0]) == len(header):
-        header, _ = split(remark)
+        header = split(remark)[0]
     else:
         header = ["norm"] if len(header) == 1 else list(map(str, range(len(header))))
-    while header and not header[-1].strip():
+    while header and not header[-1]:
         header.pop()
     for at, name in enumerate(header):  # what is there twice gets a number
         if name in header[:at]:
             header[at] = next(new for new in (f"{name}.{i}" for i in count(1)) if new not in header)
+    found.columns = [column.strip() for column in found.columns]
     for name in header:
         found.under(name)
     chosen = found.chosen()
@@ -81,7 +82,7 @@ def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
 def _places(cells: Sequence[str], chosen: Mapping[str, Series]) -> list[tuple[int, Series]]:
     """Find the columns in a row that is a header, as where a second file was appended; nothing if it is none."""
     names = [cell.strip() for cell in cells]
-    places = [(names.index(name.strip()), series) for name, series in chosen.items() if name.strip() in names]
+    places = [(names.index(name), series) for name, series in chosen.items() if name in names]
     return places if len(places) == len(chosen) else []
 
 
@@ -91,6 +92,7 @@ class _Splitter:
     def __init__(self, delimiter: str | None) -> None:
         self.delimiter = delimiter  # None: any white space
         inside, end = (r"\S", r"(\s+|$)") if delimiter is None else (f"[^{delimiter}]", f"({delimiter}|$)")
+        self.closes = re.compile(rf'"\s*{end}').search  # where a quoted cell may end
         self._cell = re.compile(rf'[^\S\n\t]*"([^"]*(?:""[^"]*)*)"\s*{end}|({inside}*){end}')
 
     def __call__(self, line: str) -> tuple[list[str], bool]:
@@ -148,7 +150,7 @@ def _rows(
             if more is None:
                 break
             inside.append(more)
-            if '"' in more[1]:
+            if split.closes(more[1]):
                 joined, still_open = split(line + "".join(text for _, text in inside))
                 if not still_open:
                     if len(joined) == width:

@@ -37,7 +37,9 @@
  *     cursor inside the history, so two queries at once are not allowed either. autoclip_shared_*: any thread.
  *   - Pointers must not be NULL unless a function says otherwise; a count of 0 allows a NULL array.
  *   - n below is the number of stored norms; times are amortised where many norms move at once.
- *   - Results do not depend on the platform: the same norms give the same bits and the same snapshot everywhere.
+ *   - Results do not depend on the platform: the same norms give the same bits and the same snapshot everywhere, also in a
+ *     thread that flushes subnormal numbers to zero. -ffast-math and its parts are refused when the library is compiled.
+ *   - No call needs more than 64 KiB of stack.
  */
 #ifndef AUTOCLIP_H
 #define AUTOCLIP_H
@@ -80,11 +82,13 @@ typedef enum autoclip_status {
 } autoclip_status;
 
 /* Where memory comes from. `allocate` returns NULL when there is none left, else a block aligned for any type;
- * `release` gets back a block with the size it was asked for. Both get `context`. */
+ * `release` gets back a block with the size it was asked for. Both get `context`. `size` is sizeof(autoclip_allocator);
+ * 0 means these four members. A later release may add members at the end, and reads those that `size` covers. */
 typedef struct autoclip_allocator {
     void *(*allocate)(void *context, size_t size);
     void (*release)(void *context, void *block, size_t size);
     void *context;
+    size_t size;
 } autoclip_allocator;
 
 typedef struct autoclip_history autoclip_history;
@@ -160,22 +164,28 @@ autoclip_status autoclip_history_values(autoclip_history *history, double *norms
 
 /* --- Save and load ---------------------------------------------------------------------------------------------- */
 
-/* Snapshot, little-endian: a header of 64 bytes, the norms as float64 (ascending for a full history, oldest first for a
- * window), the checksum of the norms.
+/* Snapshot, little-endian: a header, the norms as float64 (ascending for a full history, oldest first for a window), and
+ * a checksum.
  *
  *    offset  size  content
  *         0     8  magic: 89 41 43 48 0D 0A 1A 0A ("\x89ACH\r\n\x1a\n": a text-mode copy damages it)
- *         8     2  format major: a reader refuses a greater one
- *        10     2  format minor: additions that an older reader may ignore
- *        12     4  header length, 64
+ *         8     2  format major, 1
+ *        10     2  format minor, 0
+ *        12     4  header length h, 64
  *        16     8  flags: bit 0 = has a window; all others 0
  *        24     8  number of norms
  *        32     8  window, 0 if none
  *        40    16  0
  *        56     8  checksum (XXH64, seed 0) of the 56 bytes before it
- *        64   8 n  norms
- *  64 + 8 n     8  checksum (XXH64, seed 0) of the norms
- */
+ *         h   8 n  norms
+ *   h + 8 n     8  checksum (XXH64, seed 0) of all bytes from 64 on
+ *
+ * The format grows as follows, and this release reads what grows so.
+ *   - A greater major may change anything: AUTOCLIP_NEW_SNAPSHOT.
+ *   - A greater minor may make the header longer, by multiples of 8 bytes after byte 64, use the 16 bytes at 40, and set
+ *     flags. What a reader does not know it ignores, and does not write again; but the flags of bits 1 to 31 are for what
+ *     no reader may ignore: one that is not known is AUTOCLIP_NEW_SNAPSHOT.
+ *   - What minor 0 does not use is 0 in a snapshot of minor 0, or it is damaged. */
 
 /* The size in bytes of a snapshot of this history. O(1). */
 size_t autoclip_history_save_size(const autoclip_history *history);

@@ -109,8 +109,12 @@ static const char *check_history(const autoclip_history *history) {
     return NULL;
 }
 
-autoclip_status autoclip_history_check(const autoclip_history *history, const char **reason) {
+static autoclip_status check(const autoclip_history *history, const char **reason) {
     const char *broken = check_history(history);
     *reason = broken != NULL ? broken : "";
     return broken != NULL ? AUTOCLIP_BROKEN : AUTOCLIP_OK;
+}
+
+autoclip_status autoclip_history_check(const autoclip_history *history, const char **reason) {
+    IN_STANDARD_MODE(check(history, reason));
 }

@@ -318,12 +318,14 @@ static void trim_buffer(autoclip_history *history) {
     }
 }
 
-autoclip_status autoclip_history_push(autoclip_history *history, double norm) {
+static autoclip_status push(autoclip_history *history, double norm) {
     if (!isfinite(norm)) return AUTOCLIP_NOT_FINITE;
     const autoclip_status status = reserve(history, 1);
     if (status == AUTOCLIP_OK) remember(history, norm);
     return status;
 }
+
+autoclip_status autoclip_history_push(autoclip_history *history, double norm) { IN_STANDARD_MODE(push(history, norm)); }
 
 /* One more in the exponent of infinities and NaN carries into the sign. Without a branch: compilers make vector code. */
 static bool all_finite(const double *norms, size_t count) {
@@ -391,7 +393,7 @@ static autoclip_status extend_window_by_rebuild(autoclip_history *history, const
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_extend(autoclip_history *history, const double *norms, size_t count) {
+static autoclip_status extend(autoclip_history *history, const double *norms, size_t count) {
     if (!all_finite(norms, count)) return AUTOCLIP_NOT_FINITE;
     if (history->window > 0 && count > history->window) {
         norms += count - history->window;
@@ -408,12 +410,20 @@ autoclip_status autoclip_history_extend(autoclip_history *history, const double 
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_merge(autoclip_history *history, const autoclip_history *other) {
+autoclip_status autoclip_history_extend(autoclip_history *history, const double *norms, size_t count) {
+    IN_STANDARD_MODE(extend(history, norms, count));
+}
+
+static autoclip_status merge(autoclip_history *history, const autoclip_history *other) {
     if (history->window > 0) return AUTOCLIP_HAS_WINDOW;
     return rebuild(history, autoclip_history_iterate(other), history_size(other));
 }
 
-autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip_history **clone) {
+autoclip_status autoclip_history_merge(autoclip_history *history, const autoclip_history *other) {
+    IN_STANDARD_MODE(merge(history, other));
+}
+
+static autoclip_status clone_history(const autoclip_history *history, autoclip_history **clone) {
     autoclip_history *made;
     autoclip_status status = autoclip_history_create(history->window, &history->memory.allocator, &made);
     if (status != AUTOCLIP_OK) return status;
@@ -435,6 +445,10 @@ autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip
         autoclip_history_destroy(made);
     }
     return status;
+}
+
+autoclip_status autoclip_history_clone(const autoclip_history *history, autoclip_history **clone) {
+    IN_STANDARD_MODE(clone_history(history, clone));
 }
 
 /* --- Ask -------------------------------------------------------------------------------------------------------- */
@@ -529,22 +543,30 @@ static double percentile_of(autoclip_history *history, double percentile) {
     return percentile_between(pair[0], rank + 1 < size ? pair[1] : pair[0], position - (double)rank);
 }
 
-autoclip_status autoclip_history_percentile(autoclip_history *history, double percentile, double *threshold) {
+static autoclip_status find_percentile(autoclip_history *history, double percentile, double *threshold) {
     if (!is_percentile(percentile)) return AUTOCLIP_BAD_PERCENTILE;
     if (history_size(history) == 0) return AUTOCLIP_EMPTY;
     *threshold = percentile_of(history, percentile);
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_observe(autoclip_history *history, double norm, double percentile, double *threshold) {
+autoclip_status autoclip_history_percentile(autoclip_history *history, double percentile, double *threshold) {
+    IN_STANDARD_MODE(find_percentile(history, percentile, threshold));
+}
+
+static autoclip_status observe(autoclip_history *history, double norm, double percentile, double *threshold) {
     if (!is_percentile(percentile)) return AUTOCLIP_BAD_PERCENTILE;
-    const autoclip_status status = autoclip_history_push(history, norm);
+    const autoclip_status status = push(history, norm);
     if (status == AUTOCLIP_OK) *threshold = percentile_of(history, percentile);
     return status;
 }
 
-autoclip_status autoclip_history_observe_many(autoclip_history *history, const double *norms, size_t count,
-                                              const double *percentiles, size_t percentile_count, double *thresholds) {
+autoclip_status autoclip_history_observe(autoclip_history *history, double norm, double percentile, double *threshold) {
+    IN_STANDARD_MODE(observe(history, norm, percentile, threshold));
+}
+
+static autoclip_status observe_many(autoclip_history *history, const double *norms, size_t count,
+                                    const double *percentiles, size_t percentile_count, double *thresholds) {
     for (size_t i = 0; i < percentile_count; ++i) {
         if (!is_percentile(percentiles[i])) return AUTOCLIP_BAD_PERCENTILE;
     }
@@ -559,22 +581,34 @@ autoclip_status autoclip_history_observe_many(autoclip_history *history, const d
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_select(autoclip_history *history, uint64_t rank, double *norm) {
+autoclip_status autoclip_history_observe_many(autoclip_history *history, const double *norms, size_t count,
+                                              const double *percentiles, size_t percentile_count, double *thresholds) {
+    IN_STANDARD_MODE(observe_many(history, norms, count, percentiles, percentile_count, thresholds));
+}
+
+static autoclip_status select_rank(autoclip_history *history, uint64_t rank, double *norm) {
     if (rank >= history_size(history)) return AUTOCLIP_BAD_RANK;
-    double pair[2];
+    double pair[2] = {0.0, 0.0};
     select_pair(history, rank, pair);
     *norm = pair[0];
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_rank(const autoclip_history *history, double norm, uint64_t *rank) {
+autoclip_status autoclip_history_select(autoclip_history *history, uint64_t rank, double *norm) {
+    IN_STANDARD_MODE(select_rank(history, rank, norm));
+}
+
+static autoclip_status find_rank(const autoclip_history *history, double norm, uint64_t *rank) {
     if (isnan(norm)) return AUTOCLIP_NOT_FINITE;
     *rank = autoclip_tree_rank(&history->tree, norm) + lower_bound(history->buffer, history->buffered, norm);
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_order_statistics(autoclip_history *history, uint64_t first, size_t count,
-                                                  double *norms) {
+autoclip_status autoclip_history_rank(const autoclip_history *history, double norm, uint64_t *rank) {
+    IN_STANDARD_MODE(find_rank(history, norm, rank));
+}
+
+static autoclip_status read_order_statistics(autoclip_history *history, uint64_t first, size_t count, double *norms) {
     const uint64_t size = history_size(history);
     if (first > size || count > size - first) return AUTOCLIP_BAD_RANK;
     if (count == 0) return AUTOCLIP_OK;
@@ -587,6 +621,11 @@ autoclip_status autoclip_history_order_statistics(autoclip_history *history, uin
     return AUTOCLIP_OK;
 }
 
+autoclip_status autoclip_history_order_statistics(autoclip_history *history, uint64_t first, size_t count,
+                                                  double *norms) {
+    IN_STANDARD_MODE(read_order_statistics(history, first, count, norms));
+}
+
 autoclip_status autoclip_history_oldest(const autoclip_history *history, size_t count, double *norms) {
     if (history->window == 0) return AUTOCLIP_NO_WINDOW;
     if (count > history_size(history)) return AUTOCLIP_BAD_RANK;
@@ -594,11 +633,15 @@ autoclip_status autoclip_history_oldest(const autoclip_history *history, size_t 
     return AUTOCLIP_OK;
 }
 
-autoclip_status autoclip_history_values(autoclip_history *history, double *norms, size_t capacity, size_t *count) {
+static autoclip_status read_values(autoclip_history *history, double *norms, size_t capacity, size_t *count) {
     const uint64_t size = history_size(history);
     if (size > capacity) return AUTOCLIP_TOO_SMALL;
     history_iterator iterator = autoclip_history_iterate(history);
     (void)autoclip_history_read(&iterator, norms, (size_t)size);
     *count = (size_t)size;
     return AUTOCLIP_OK;
+}
+
+autoclip_status autoclip_history_values(autoclip_history *history, double *norms, size_t capacity, size_t *count) {
+    IN_STANDARD_MODE(read_values(history, norms, capacity, count));
 }

@@ -20,7 +20,7 @@ void *autoclip_memory_default_allocate(void *context, size_t size) {
     if (size >= HUGE_PAGE) {
         void *block = NULL;
         if (posix_memalign(&block, HUGE_PAGE, size) != 0) return NULL;
-        (void)madvise(block, size, MADV_HUGEPAGE); /* advice only: without it the block serves as well */
+        (void)madvise(block, size, MADV_HUGEPAGE); /* advice only: the block is as good without it */
         return block;
     }
 #endif
@@ -34,6 +34,6 @@ void autoclip_memory_default_release(void *context, void *block, size_t size) {
 }
 
 struct memory autoclip_memory_from(const autoclip_allocator *allocator) {
-    const autoclip_allocator standard = {autoclip_memory_default_allocate, autoclip_memory_default_release, NULL};
+    const autoclip_allocator standard = {autoclip_memory_default_allocate, autoclip_memory_default_release, NULL, sizeof standard};
     return (struct memory){.allocator = allocator != NULL ? *allocator : standard, .bytes = 0};
 }

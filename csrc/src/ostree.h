@@ -14,6 +14,7 @@
 
 #include <stdbool.h>
 
+#include "float_mode.h"
 #include "memory.h"
 
 #ifndef AUTOCLIP_LEAF

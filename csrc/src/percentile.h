@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "float_mode.h"
+
 static inline bool is_percentile(double percentile) { return percentile >= 0.0 && percentile <= 100.0; }
 
 /* Where the percentile of `size` norms stands, size being above 0: at its whole part counted as a rank, and so far on

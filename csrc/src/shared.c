@@ -345,7 +345,9 @@ autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double 
     struct place *place = acquire(id);
     if (place == NULL) return AUTOCLIP_NO_HISTORY;
     struct step taken = {.number = step, .norm = norm, .percentile = percentile};
+    const float_mode mode = float_mode_enter();
     const autoclip_status status = observe_step(place, &taken, previous);
+    float_mode_leave(mode);
     lock_release(&place->lock);
     if (status == AUTOCLIP_OK) *threshold = taken.threshold;
     return status;
@@ -355,6 +357,7 @@ autoclip_status autoclip_shared_percentile_step(uint64_t id, uint64_t step, doub
                                                 double *threshold) {
     struct place *place = acquire(id);
     if (place == NULL) return AUTOCLIP_NO_HISTORY;
+    const float_mode mode = float_mode_enter();
     autoclip_history *history = place->history;
     autoclip_status status = AUTOCLIP_OK;
     bool replaced;
@@ -378,6 +381,7 @@ autoclip_status autoclip_shared_percentile_step(uint64_t id, uint64_t step, doub
     } else {
         status = AUTOCLIP_WRONG_STEP;
     }
+    float_mode_leave(mode);
     lock_release(&place->lock);
     return status;
 }

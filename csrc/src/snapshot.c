@@ -5,6 +5,7 @@
 #include "history.h"
 
 enum { HEADER = 64, CHECKSUM = 8, NORM = 8, MAJOR = 1, MINOR = 0, HAS_WINDOW = 1 };
+#define ESSENTIAL_FLAGS UINT64_C(0xFFFFFFFF) /* which no reader may ignore */
 
 /* Where the fields of the header begin. */
 enum {
@@ -121,7 +122,7 @@ size_t autoclip_history_save_size(const autoclip_history *history) {
     return HEADER + (size_t)history_size(history) * NORM + CHECKSUM;
 }
 
-autoclip_status autoclip_history_save(autoclip_history *history, void *bytes, size_t capacity, size_t *size) {
+static autoclip_status save(autoclip_history *history, void *bytes, size_t capacity, size_t *size) {
     const size_t needed = autoclip_history_save_size(history);
     if (capacity < needed) return AUTOCLIP_TOO_SMALL;
     const uint64_t count = history_size(history);
@@ -160,6 +161,10 @@ autoclip_status autoclip_history_save(autoclip_history *history, void *bytes, si
     return AUTOCLIP_OK;
 }
 
+autoclip_status autoclip_history_save(autoclip_history *history, void *bytes, size_t capacity, size_t *size) {
+    IN_STANDARD_MODE(save(history, bytes, capacity, size));
+}
+
 /* --- Load ------------------------------------------------------------------------------------------------------- */
 
 struct decoder {
@@ -193,23 +198,32 @@ static autoclip_status load_window(autoclip_history *history, const uint8_t *byt
     return status == AUTOCLIP_NOT_FINITE ? AUTOCLIP_BAD_SNAPSHOT : status;
 }
 
-autoclip_status autoclip_history_load(const void *bytes, size_t size, const autoclip_allocator *allocator,
-                                      autoclip_history **history) {
+static autoclip_status load(const void *bytes, size_t size, const autoclip_allocator *allocator,
+                            autoclip_history **history) {
     const uint8_t *header = bytes;
     if (size < HEADER + CHECKSUM || memcmp(header, magic, sizeof magic) != 0) return AUTOCLIP_BAD_SNAPSHOT;
     if (get(header + AT_CHECKSUM, 8) != checksum(header, AT_CHECKSUM)) return AUTOCLIP_BAD_SNAPSHOT;
     if (get(header + AT_MAJOR, 2) > MAJOR) return AUTOCLIP_NEW_SNAPSHOT;
+    const uint64_t length = get(header + AT_LENGTH, 4);
     const uint64_t flags = get(header + AT_FLAGS, 8);
     const uint64_t count = get(header + AT_COUNT, 8);
     const uint64_t window = get(header + AT_WINDOW, 8);
-    const bool sound_header = get(header + AT_MAJOR, 2) == MAJOR && get(header + AT_LENGTH, 4) == HEADER &&
-                              flags <= HAS_WINDOW && (flags == HAS_WINDOW) == (window > 0) &&
-                              get(header + AT_ZERO, 8) == 0 && get(header + AT_ZERO + 8, 8) == 0 &&
-                              (window == 0 || count <= window);
-    const size_t norms_size = size - HEADER - CHECKSUM;
-    if (!sound_header || norms_size % NORM != 0 || norms_size / NORM != count) return AUTOCLIP_BAD_SNAPSHOT;
-    const uint8_t *norms = header + HEADER;
-    if (get(norms + norms_size, CHECKSUM) != checksum(norms, norms_size)) return AUTOCLIP_BAD_SNAPSHOT;
+    const size_t body_size = size - HEADER - CHECKSUM; /* of what follows the first 64 bytes: more header, the norms */
+    const bool is_plain =
+        length == HEADER && flags <= HAS_WINDOW && get(header + AT_ZERO, 8) == 0 && get(header + AT_ZERO + 8, 8) == 0;
+    const bool is_sound = get(header + AT_MAJOR, 2) == MAJOR && (is_plain || get(header + AT_MINOR, 2) > MINOR) &&
+                          length >= HEADER && length - HEADER <= body_size && length % NORM == 0 &&
+                          body_size % NORM == 0;
+    if (!is_sound) return AUTOCLIP_BAD_SNAPSHOT;
+    if (get(header + HEADER + body_size, CHECKSUM) != checksum(header + HEADER, body_size))
+        return AUTOCLIP_BAD_SNAPSHOT;
+    if ((flags & ESSENTIAL_FLAGS) > HAS_WINDOW) return AUTOCLIP_NEW_SNAPSHOT;
+    const bool has_window = (flags & HAS_WINDOW) != 0;
+    const size_t norms_size = body_size - (size_t)(length - HEADER);
+    if (has_window != (window > 0) || (has_window && count > window) || norms_size / NORM != count) {
+        return AUTOCLIP_BAD_SNAPSHOT;
+    }
+    const uint8_t *norms = header + length;
     autoclip_history *made;
     autoclip_status status = autoclip_history_create(window, allocator, &made);
     if (status != AUTOCLIP_OK) return status;
@@ -225,4 +239,9 @@ autoclip_status autoclip_history_load(const void *bytes, size_t size, const auto
         autoclip_history_destroy(made);
     }
     return status;
+}
+
+autoclip_status autoclip_history_load(const void *bytes, size_t size, const autoclip_allocator *allocator,
+                                      autoclip_history **history) {
+    IN_STANDARD_MODE(load(bytes, size, allocator, history));
 }

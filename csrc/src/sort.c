@@ -1,7 +1,7 @@
 /* Sort by the bit patterns of the doubles: deal the keys out to some thousand ranges of equal width, in one pass over
  * memory; then each range, which the nearest cache holds, in the same way again; insertion finishes what few keys a range
  * of a range holds. A range that holds many is dealt out once more, by its own least and greatest key: keys that crowd
- * together cost a pass, wherever they are.
+ * together cost a pass, wherever they are. What is not sorted after some levels is merged, so that the stack is bounded.
  *
  * An extend of 10^6 norms is 1.2 times as fast as with two passes over all keys by trailing and leading bits, and needs two
  * thirds of the memory. */
@@ -12,7 +12,8 @@
 enum {
     SMALL = 16, /* keys that insertion sorts as fast as anything */
     OUTER_BITS = 12,
-    INNER_BITS = 10, /* the ends of the ranges stand on the stack, and there may be ten levels */
+    INNER_BITS = 10,
+    LEVELS = 3, /* of ranges of ranges: their ends stand on the stack, 8 KiB for each */
 };
 
 /* Doubles in ascending order have ascending patterns once negative ones are inverted and others get the sign bit. The
@@ -58,13 +59,41 @@ static size_t deal(const double *from, double *to, size_t count, size_t *ends, u
     return shift > 0 ? ranges : 0;
 }
 
-void autoclip_sort(double *keys, double *scratch, size_t count) {
+/* Merge runs of 1, 2, 4 ... keys. */
+static void merge_sort(double *keys, double *scratch, size_t count) {
+    double *from = keys;
+    double *to = scratch;
+    for (size_t run = 1; run < count; run *= 2) {
+        for (size_t start = 0; start < count; start += 2 * run) {
+            const size_t middle = count - start < run ? count : start + run;
+            const size_t end = count - start < 2 * run ? count : start + 2 * run;
+            size_t left = start;
+            size_t right = middle;
+            for (size_t at = start; at < end; ++at) {
+                const bool take_left = left < middle && (right == end || from[left] <= from[right]);
+                to[at] = from[take_left ? left++ : right++];
+            }
+        }
+        double *last = from;
+        from = to;
+        to = last;
+    }
+    if (from != keys) memcpy(keys, from, count * sizeof *keys);
+}
+
+static void sort_levels(double *keys, double *scratch, size_t count, int levels) {
     const double *nearly = keys;
     if (count > SMALL) {
         size_t ends[1 << INNER_BITS];
         const size_t ranges = deal(keys, scratch, count, ends, INNER_BITS);
         for (size_t at = 0, start = 0; at < ranges; start = ends[at++]) {
-            if (ends[at] - start > SMALL) autoclip_sort(scratch + start, keys + start, ends[at] - start);
+            const size_t size = ends[at] - start;
+            if (size <= SMALL) continue;
+            if (levels > 1) {
+                sort_levels(scratch + start, keys + start, size, levels - 1);
+            } else {
+                merge_sort(scratch + start, keys + start, size);
+            }
         }
         nearly = scratch;
     }
@@ -75,6 +104,8 @@ void autoclip_sort(double *keys, double *scratch, size_t count) {
         keys[at] = key;
     }
 }
+
+void autoclip_sort(double *keys, double *scratch, size_t count) { sort_levels(keys, scratch, count, LEVELS); }
 
 double *autoclip_sorted_copy(struct memory *memory, const double *keys, size_t count) {
     double *sorted = memory_allocate(memory, count * sizeof *keys);

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 
+#include "float_mode.h"
 #include "memory.h"
 
 /* Sort finite keys, and write -0.0 as 0.0. `scratch` holds as many. O(count). */

@@ -4,7 +4,6 @@ import doctest
 import json
 import sys
 from functools import partial
-from math import inf, nan
 
 import keras
 import numpy as np
@@ -17,12 +16,13 @@ from autoclip_core import (
     AutoClipTypeError,
     AutoClipValueError,
     BackendError,
+    ClipStep,
     NormHistory,
     StateError,
 )
 
-from ..core.reference import assert_survived, hostile_gradients  # noqa: TID252
 from . import test_golden
+from .contract import ByStep, CompiledContract, Way, WindowContract
 
 BACKEND = keras.config.backend()
 RATE = 0.05
@@ -381,49 +381,85 @@ def step_of(optimizer, variable):
     return lambda grad: optimizer.apply([grad], [variable])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=str)
-def test_recorded_trace_of_the_core_gives_the_same_steps(options, trace):
-    special = [norm for norm in trace[9_000:12_000] if not 0 < norm < inf]
-    trace = [*trace[9_800:10_020], *special, *trace[12_000:12_050]]
-    assert any(not np.isfinite(norm) for norm in trace)
-    assert 0.0 in trace
-    clip = AutoClip(10.0, **options, nonfinite="pass")
-    optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.0), 10.0, **options)
-    step = step_of(optimizer, keras.Variable([0.0]))
-    for norm in trace:
-        step(ops.convert_to_tensor([norm], "float32"))
-        expected = clip.observe(norm)
-        found = numbers(optimizer)
-        assert np.float32(found["clip_threshold"]) == pytest.approx(np.float32(expected.threshold), rel=2.0**-23)
-        assert found["clip_scale"] == pytest.approx(expected.scale if np.isfinite(norm) else 0.0, rel=3e-7)
-        np.testing.assert_equal(found["grad_norm"], abs(norm))
-    assert found["clipped_steps"] == pytest.approx(clip.clipped_steps, abs=5)
-    assert (found["steps"], found["nonfinite_steps"]) == (clip.steps, clip.nonfinite_steps)
+class Clip(ByStep):
+    """An optimizer and how its step is taken, as the contract holds them."""
+
+    def __init__(self, way, percentile=10.0, **options):
+        if way == "tree":
+            options = {"history": NormHistory(), **options}
+        self.optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), percentile, **options)
+        self.param = keras.Variable([0.0, 0.0])
+        self.optimizer.build([self.param])
+        self.apply = partial(self.optimizer.apply, trainable_variables=[self.param])
+        if way != "eager":
+            compiled = step_of(self.optimizer, self.param)
+            self.apply = lambda grads: compiled(*grads)
+
+    @property
+    def percentile(self):
+        return self.optimizer.percentile
+
+    @percentile.setter
+    def percentile(self, percentile):
+        self.optimizer.percentile = percentile
+
+    def variable(self, name):
+        (variable,) = (variable for variable in self.optimizer.variables if variable.name == name)
+        return ops.convert_to_numpy(variable)
+
+    def step(self, grad):
+        self.param.assign([0.0, 0.0])
+        before = self.counts()[1]
+        self.apply([ops.convert_to_tensor(grad)])
+        found = list(numbers(self.optimizer).values())
+        return ClipStep(*found[:4], self.counts()[1] - before), -ops.convert_to_numpy(self.param)
+
+    def counts(self):
+        return tuple(self.variable("counts").tolist())
+
+    def norms(self):
+        if self.optimizer.history is not None:
+            self.optimizer.history.check()
+            return self.optimizer.history.values().tolist()
+        ascending, ring = self.variable("norms")
+        size = min(self.counts()[1], len(ring))
+        assert (ascending[size:] == np.finfo(np.float32).max).all()
+        assert sorted(ring) == ascending.tolist()
+        return ascending[:size].tolist()
+
+    def save(self, folder):
+        store = {}
+        self.optimizer.save_own_variables(store)
+        np.savez(folder / "state.npz", **store)
+        with np.load(folder / "state.npz") as saved:
+            return dict(saved)
+
+    def load(self, state):
+        self.optimizer.load_own_variables(state)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_hostile_gradients_spoil_nothing(compiled):
-    variable = keras.Variable([1.0, 1.0])
-    optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.1), window=100)
-    step = step_of(optimizer, variable) if compiled else lambda grad: optimizer.apply([grad], [variable])
-    norms = []
-    for grad in hostile_gradients():
-        step(ops.convert_to_tensor(grad))
-        norms.append(numbers(optimizer)["grad_norm"])
-    kept = ops.convert_to_numpy(optimizer._state["norms"])[0]
-    assert_survived(norms, kept[kept < np.finfo(np.float32).max], ops.convert_to_numpy(variable))
+# On JAX there are no histories, and PyTorch compiles no optimizer alone.
+WAYS = {
+    name: Way(partial(Clip, name), ulps=1, most_steps=250)
+    for name in {
+        "tensorflow": ("compiled", "eager", "tree"),
+        "jax": ("compiled", "eager"),
+        "torch": ("eager", "tree"),
+    }[BACKEND]
+}
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("skip", 1.0), ("pass", nan)])
-def test_nonfinite_gradient_is_dropped_or_passed(policy, expected):
-    variable = keras.Variable([1.0])
-    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), nonfinite=policy)
-    for size in (nan, inf, 0.0):
-        optimizer.apply([ops.convert_to_tensor([size], "float32")], [variable])
-    np.testing.assert_equal(ops.convert_to_numpy(variable)[0], np.float32(expected if policy == "skip" else nan))
-    metrics = numbers(optimizer)
-    assert (metrics["steps"], metrics["nonfinite_steps"]) == (3, 2)
-    assert metrics["clip_threshold"] == inf
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+class TestContract(CompiledContract):
+    pass
+
+
+WITH_WINDOW = {name: way for name, way in WAYS.items() if name != "tree"}
+
+
+@pytest.mark.parametrize("way", WITH_WINDOW.values(), ids=WITH_WINDOW)
+class TestWindow(WindowContract):
+    pass
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
@@ -625,28 +661,10 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
         AutoClipOptimizer(inner())
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"percentile": 101}, AutoClipValueError, "percentile must be from 0 to 100, but 101"),
-        ({"percentile": "10"}, AutoClipTypeError, "percentile"),
-        ({"window": 0}, AutoClipValueError, "window"),
-        ({"window": None}, AutoClipValueError, "give history=NormHistory"),
-        ({"window": 2**24 + 1}, AutoClipValueError, "at most 16,777,216 in arrays"),
-        ({"nonfinite": "raise"}, AutoClipValueError, "cannot be done inside a compiled program"),
-        ({"nonfinite": "drop"}, AutoClipValueError, "nonfinite must be"),
-        ({"warmup": -1}, AutoClipValueError, "warmup"),
-        ({"max_threshold": 0.0}, AutoClipValueError, "max_threshold must be above 0"),
-        ({"history": []}, AutoClipTypeError, "history must be a NormHistory or None, but a list"),
-        ({"history": NormHistory(5)}, AutoClipValueError, "give window=5"),
-        ({"history": NormHistory(), "window": 5}, AutoClipValueError, "window=5 and a history were given"),
-        ({"gradient_accumulation_steps": 1}, AutoClipValueError, "at least 2, or None, but 1 was given"),
-    ],
-    ids=str,
-)
-def test_bad_options_are_refused(options, error, message):
-    with pytest.raises(error, match=message):
-        AutoClipOptimizer(keras.optimizers.SGD(), **options)
+def test_accumulation_over_less_than_two_batches_is_refused():
+    for steps in (1, 0, -2, 2.5, 2**31):
+        with pytest.raises(AutoClipValueError, match=f"at least 2, or None, but {steps} was given"):
+            AutoClipOptimizer(keras.optimizers.SGD(), gradient_accumulation_steps=steps)
 
 
 @on_tensorflow

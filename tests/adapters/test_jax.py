@@ -1,9 +1,11 @@
 """AutoClip for JAX takes every step as the core does: in the state by the kernel and by jax.numpy, and in the tree."""
 
 import doctest
-import warnings
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
-from math import inf, nan
+from math import inf
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +18,111 @@ from hypothesis import strategies as st
 
 import autoclip_core
 from autoclip_core import (
-    AutoClip,
     AutoClipTypeError,
     AutoClipValueError,
     BackendError,
+    ClipStep,
     NormHistory,
     SnapshotError,
     StateError,
     arrays,
 )
 
-from ..core.reference import SHAPES, assert_survived, hostile_gradients, make_norms  # noqa: TID252
+from ..core.reference import SHAPES, make_norms  # noqa: TID252
+from .contract import CompiledContract, Way, WindowContract, ulps
 
-LARGEST = np.finfo(np.float32).max
 HOMES = ("kernel", "jax.numpy", "tree")
+
+
+class Clip:
+    """A transformation and its state, as the contract holds them: a step is compiled, or several as a scan."""
+
+    def __init__(self, home, percentile=10.0, **options):
+        if home == "tree":
+            options = {"history": NormHistory(), **options}
+        elif home == "jax.numpy":
+            options = {"window": 20_000, **options}  # each step passes over the whole window
+        self.home, self.options = home, options
+        self.percentile = percentile
+        self.state = self.tx.init(jnp.zeros(2))
+
+    @property
+    def percentile(self):
+        return self._percentile
+
+    @percentile.setter
+    def percentile(self, percentile):
+        self.tx = autoclip(percentile, **self.options)
+        self._percentile = percentile
+        self.one = jax.jit(self.take)
+        self.many = jax.jit(lambda state, grads: jax.lax.scan(self.take, state, grads))
+
+    def take(self, state, grad):
+        updates, after = self.tx.update(grad, state)
+        recorded = after.recorded_steps - state.recorded_steps
+        return after, (ClipStep(*list(metrics(after).values())[:4], recorded), updates)
+
+    def call(self, program, grads):
+        with without_the_kernel() if self.home == "jax.numpy" else nullcontext():
+            self.state, found = program(self.state, np.asarray(grads))
+        return jax.tree.map(np.asarray, found)
+
+    def step(self, grad):
+        return self.call(self.one, grad)
+
+    def run(self, grads):
+        return self.call(self.many, grads)
+
+    def counts(self):
+        state = self.state
+        return tuple(map(int, (state.steps, state.recorded_steps, state.clipped_steps, state.nonfinite_steps)))
+
+    def norms(self):
+        if self.home == "tree":
+            self.options["history"].check()
+            return self.options["history"].values().tolist()
+        ascending, ring = np.asarray(self.state.norms)
+        size = min(int(self.state.recorded_steps), len(ring))
+        assert (ascending[size:] == np.finfo(np.float32).max).all()
+        assert sorted(ring) == ascending.tolist()
+        return ascending[:size].tolist()
+
+    def save(self, folder):
+        jax.block_until_ready(self.state)
+        history = save_history(self.options["history"]) if self.home == "tree" else None
+        return jax.tree.map(np.asarray, self.state), history
+
+    def load(self, saved):
+        state, history = saved
+        state = jax.tree.map(jnp.asarray, state)
+        jax.eval_shape(self.tx.update, jnp.zeros(2), state)
+        if history is not None:
+            self.options = {**self.options, "history": load_history(history)}
+            self.percentile = self.percentile  # a program has its history within
+        self.state = state
+
+
+def without_the_kernel():
+    return mock.patch.object(kernel, "_obstacle", return_value="this test does without")
+
+
+WAYS = {
+    home: Way(partial(Clip, home), ulps=int(home == "jax.numpy"), most_steps=20_000 if home == "jax.numpy" else 100_000)
+    for home in HOMES
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+class TestContract(CompiledContract):
+    pass
+
+
+WITH_WINDOW = {home: way for home, way in WAYS.items() if home != "tree"}
+
+
+@pytest.mark.parametrize("way", WITH_WINDOW.values(), ids=WITH_WINDOW)
+class TestWindow(WindowContract):
+    pass
 
 
 @pytest.fixture
@@ -67,50 +160,11 @@ def numpy_thresholds(norms, percentile, window=None):
     )
 
 
-def ulps(actual, expected):
-    """The distance of positive float32 numbers in units in the last place."""
-    actual, expected = (np.asarray(values, np.float32).view(np.int32).astype(np.int64) for values in (actual, expected))
-    return np.abs(actual - expected).max()
-
-
 def test_kernel_is_used_where_it_is_there():
     assert backend() == "native"
 
 
 # The rule.
-
-
-@pytest.mark.parametrize(
-    ("home", "percentile", "window"),
-    [*((home, 10.0, None) for home in HOMES), *((home, 75.0, 5000) for home in HOMES[:2])],
-)
-def test_recorded_trace_of_the_core_gives_the_same_steps(home, percentile, window, trace, make):
-    if home == "jax.numpy" and not window:
-        trace = trace[:20_000]  # each step passes over the whole window
-    clip = AutoClip(percentile, window=window)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        steps = [clip.observe(norm) for norm in trace]
-    norms, thresholds, scales, _, _ = map(np.array, zip(*steps, strict=True))
-
-    options = {} if home == "tree" else {"window": window or (20_000 if home == "jax.numpy" else 131_072)}
-    state, found = feed(make(home, percentile, **options), trace)
-    thresholds = thresholds.astype(np.float32)
-    if home == "jax.numpy":
-        assert ulps(found["clip_threshold"], thresholds) <= 1
-    else:
-        np.testing.assert_array_equal(found["clip_threshold"], thresholds)
-    np.testing.assert_array_equal(found["grad_norm"], norms.astype(np.float32))
-    np.testing.assert_allclose(found["clip_scale"], scales.astype(np.float32), rtol=3e-7)
-    np.testing.assert_array_equal(found["clipped"], np.isfinite(norms) & (norms > found["clip_threshold"]))
-    assert state.steps == clip.steps
-    assert state.nonfinite_steps == clip.nonfinite_steps > 0
-    assert state.clipped_steps == found["clipped"].sum() == pytest.approx(clip.clipped_steps, abs=10)
-    assert state.recorded_steps == sum(step.recorded for step in steps)
-    if home != "tree":
-        size = min(int(state.recorded_steps), window or len(trace))
-        np.testing.assert_array_equal(state.norms[0][:size], clip.history.values().astype(np.float32))
-        assert (state.norms[0][size:] == LARGEST).all()
 
 
 @pytest.mark.parametrize(
@@ -165,60 +219,6 @@ def test_rank_is_exact_in_the_longest_window():
         rank, fraction, rest = arrays._position(jnp, jnp.int32(last), percentile)
         exact = last * percentile / 100
         assert int(rank) + float(fraction) + float(rest) == pytest.approx(exact, rel=1e-15, abs=1e-9)
-
-
-@pytest.mark.parametrize("home", HOMES)
-def test_zero_and_nonfinite_norms_are_not_recorded(home, make):
-    norms = [0.0, nan, 2.0, inf, 4.0, 0.0, nan]
-    state, found = feed(make(home, 50.0, window=8) if home != "tree" else make(home, 50.0), norms)
-    np.testing.assert_array_equal(found["clip_threshold"], [inf, inf, 2, 2, 3, 3, 3])
-    np.testing.assert_array_equal(found["clip_scale"], [1, 0, 1, 0, 0.75, 1, 0])
-    np.testing.assert_array_equal(found["clipped"], [False, False, False, False, True, False, False])
-    np.testing.assert_array_equal(found["update"], [0, 0, 2, 0, 3, 0, 0])
-    assert (state.steps, state.recorded_steps, state.clipped_steps, state.nonfinite_steps) == (7, 2, 1, 3)
-    if home != "tree":
-        assert (state.norms[:, 2:] == LARGEST).all()
-    assert all(np.isfinite(leaf).all() for leaf in state)  # after a NaN too
-    assert metrics(state)["skipped_in_a_row"] == 1
-
-
-@pytest.mark.parametrize("home", HOMES)
-def test_hostile_gradients_spoil_nothing(home, make):
-    history = NormHistory()
-    clip = make(home, **({"history": history} if home == "tree" else {"window": 100}))
-    tx = optax.chain(clip, optax.sgd(0.1))
-
-    def step(carry, grad):
-        params, state = carry
-        updates, state = tx.update(grad, state)
-        return (optax.apply_updates(params, updates), state), metrics(state)["grad_norm"]
-
-    start = jnp.ones(2)
-    (params, state), norms = jax.jit(lambda *given: jax.lax.scan(step, *given))(
-        (start, tx.init(start)), hostile_gradients()
-    )
-    kept = history.values() if home == "tree" else state[0].norms[0][: state[0].recorded_steps]
-    assert_survived(norms, kept, params)
-
-
-@pytest.mark.parametrize("home", HOMES)
-def test_pass_lets_nonfinite_updates_through(home, make):
-    _, found = feed(make(home, nonfinite="pass"), [1.0, inf, nan])
-    np.testing.assert_array_equal(found["update"], [1.0, inf, nan])
-    np.testing.assert_array_equal(found["clip_scale"], [1, 1, 1])
-
-
-@pytest.mark.parametrize("home", HOMES)
-def test_warmup_and_cap_act_as_in_the_core(home, make):
-    options = {"warmup": 3, "max_threshold": 5.0}
-    norms = [4.0, 9.0, 0.0, 3.0, 8.0, 2.0, 7.0]
-    clip = AutoClip(50.0, **options)
-    steps = [clip.observe(norm) for norm in norms]
-    state, found = feed(make(home, 50.0, **options), norms)
-    np.testing.assert_array_equal(found["clip_threshold"], [step.threshold for step in steps])
-    np.testing.assert_array_equal(found["clip_scale"], np.float32([step.scale for step in steps]))
-    np.testing.assert_array_equal(found["clipped"], [step.clipped for step in steps])
-    assert state.clipped_steps == clip.clipped_steps
 
 
 def test_norm_is_global_and_in_float32():
@@ -292,23 +292,6 @@ def test_tree_remembers_all_and_is_shared():
     history.check()
 
 
-def test_saved_history_resumes_bit_for_bit():
-    norms = make_norms("drifting", 400).astype(np.float32)
-    whole, expected = feed(autoclip(history=NormHistory()), norms)
-    history = NormHistory()
-    state, _ = feed(autoclip(history=history), norms[:250])
-    jax.block_until_ready(state)
-    state, saved = jax.tree.map(np.asarray, state), save_history(history)
-    del history
-    restored = load_history(saved)
-    state, found = feed(autoclip(history=restored), norms[250:], jax.tree.map(jnp.asarray, state))
-    for name, values in found.items():
-        np.testing.assert_array_equal(values, expected[name][250:])
-    assert jax.tree.all(jax.tree.map(np.array_equal, state, whole))
-    with pytest.raises(SnapshotError):
-        load_history(saved[:-1])
-
-
 def test_state_without_its_history_is_refused():
     state, _ = feed(autoclip(history=NormHistory()), [1.0] * 20)
     older = NormHistory()
@@ -349,31 +332,14 @@ def test_history_that_is_gone_is_an_error():
 # Bad input.
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "says"),
-    [
-        ({"percentile": -1.0}, AutoClipValueError, "from 0 to 100"),
-        ({"percentile": 100.5}, AutoClipValueError, "from 0 to 100"),
-        ({"percentile": nan}, AutoClipValueError, "from 0 to 100"),
-        ({"percentile": jnp.float32(200)}, AutoClipValueError, "from 0 to 100"),
-        ({"percentile": "10"}, AutoClipTypeError, "percentile"),
-        ({"window": 0}, AutoClipValueError, "window must be at least 1"),
-        ({"window": -5}, AutoClipValueError, "window must be at least 1"),
-        ({"window": 2.5}, AutoClipTypeError, "window must be a whole number"),
-        ({"window": None}, AutoClipValueError, "give history=NormHistory"),
-        ({"window": 2**24 + 1}, AutoClipValueError, "16,777,216"),
-        ({"warmup": -1}, AutoClipValueError, "warmup"),
-        ({"max_threshold": 0.0}, AutoClipValueError, "max_threshold"),
-        ({"nonfinite": "raise"}, AutoClipValueError, "inside a compiled program"),
-        ({"nonfinite": "drop"}, AutoClipValueError, "nonfinite"),
-        ({"history": [1.0]}, AutoClipTypeError, "a list was given"),
-        ({"history": NormHistory(window=5)}, AutoClipValueError, "window=5"),
-        ({"history": NormHistory(), "window": 7}, AutoClipValueError, "window=7 and a history"),
-    ],
-)
-def test_bad_arguments_are_refused(options, error, says):
-    with pytest.raises(error, match=says):
-        autoclip(**options)
+def test_percentile_in_an_array_is_checked_too():
+    with pytest.raises(AutoClipValueError, match="from 0 to 100, but 200"):
+        autoclip(jnp.float32(200))
+
+
+def test_damaged_history_is_refused():
+    with pytest.raises(SnapshotError):
+        load_history(save_history(NormHistory())[:-1])
 
 
 def test_history_without_the_kernel_is_refused(other_backend, monkeypatch):

@@ -8,14 +8,14 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from autoclip_torch import attach
+from autoclip_torch import attach, attached
 from autoclip_torch.lightning import AutoClipCallback
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from autoclip_core import AutoClipValueError, StateError
+from autoclip_core import AutoClipError, AutoClipValueError, StateError
 
 LOGGED = {"grad_norm", "clip_threshold", "clip_scale", "clipped", "clipped_share"}
 
@@ -273,6 +273,10 @@ def test_each_optimizer_resumes_its_own_history(make_trainer, tmp_path):
     resumed = AutoClipCallback()
     make_trainer(resumed).fit(Gan(), make_data(), ckpt_path=tmp_path / "gan.ckpt")  # nothing is left to do
     assert resumed.state_dict() == callback.state_dict()
+    make_trainer(resumed).fit(Gan(), make_data())  # goes on with nothing
+    assert [clip.steps for clip in resumed.clips] == [24, 12]
+    make_trainer(resumed, max_epochs=3).fit(Gan(), make_data(), ckpt_path=tmp_path / "gan.ckpt")
+    assert [clip.steps for clip in resumed.clips] == [36, 18]
 
 
 def test_checkpoint_with_other_optimizers_is_refused(make_trainer):
@@ -299,6 +303,50 @@ def test_loaded_state_is_kept_until_the_training_starts():
     assert callback.state_dict() == {}
     callback.load_state_dict({"0": {"a": 1}})
     assert callback.state_dict() == {"0": {"a": 1}}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_checkpoint_of_a_test_does_not_enter_a_later_fit(stage, make_trainer, tmp_path):
+    class Tested(Module):
+        def test_step(self, batch, index):
+            pass
+
+        validation_step = test_step
+
+    made = make_trainer(AutoClipCallback())
+    made.fit(Tested(), make_data())
+    made.save_checkpoint(tmp_path / "made.ckpt")
+    callback, module = AutoClipCallback(), Tested()
+    trainer = make_trainer(callback)
+    getattr(trainer, stage)(module, make_data(), ckpt_path=tmp_path / "made.ckpt", verbose=False)
+    trainer.fit(module, make_data())
+    assert callback.clips[0].steps == 24
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "parameter"}])
+def test_log_goes_on_after_a_resume(options, make_trainer, tmp_path):
+    whole = AutoClipCallback(50.0, **options)
+    make_trainer(whole, max_epochs=4).fit(Module(), make_data())
+    trainer = make_trainer(AutoClipCallback(50.0, **options), max_epochs=2)
+    trainer.fit(Module(), make_data())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = AutoClipCallback(50.0, **options)
+    make_trainer(resumed, max_epochs=4).fit(Module(), make_data(), ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.clips[0].log() == whole.clips[0].log()
+
+
+def test_groups_have_the_names_of_the_module_and_load_what_had_none(make_trainer):
+    callback, module = AutoClipCallback(scope="parameter"), Module()
+    make_trainer(callback).fit(module, make_data())
+    (clip,) = callback.clips
+    assert list(clip.histories) == [name for name, _ in module.named_parameters()]
+    state = clip.state_dict()
+    old = {**state, "groups": {f"0.{place}": group for place, group in enumerate(state["groups"].values())}}
+    resumed = AutoClipCallback(scope="parameter")
+    resumed.load_state_dict({"0": old})
+    make_trainer(resumed, max_epochs=1, limit_train_batches=1).fit(Module(), make_data())
+    assert {len(history) for history in resumed.clips[0].histories.values()} == {25}
 
 
 def test_next_fit_begins_new_histories(make_trainer):
@@ -338,6 +386,32 @@ def test_fit_logs_no_more_often_than_the_trainer(make_trainer, monkeypatch):
 def test_trainer_that_clips_is_refused(make_trainer):
     with pytest.raises(AutoClipValueError, match=r"gradient_clip_val=0\.5"):
         make_trainer(AutoClipCallback(), gradient_clip_val=0.5).fit(Module(), make_data())
+
+
+def test_updates_that_nobody_sees_are_said(make_trainer):
+    class Own(Module):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            self.zero_grad()
+            self.manual_backward(loss_of(self.net, batch))
+            for param in self.parameters():
+                param.data.sub_(param.grad, alpha=0.01)
+
+    with pytest.warns(RuntimeWarning, match="parameters of the torch.optim.adamw.AdamW change, and AutoClip sees no"):
+        make_trainer(AutoClipCallback(), max_epochs=1, limit_train_batches=5).fit(Own(), make_data())
+
+
+def test_attaching_to_one_of_two_optimizers_is_undone(make_trainer):
+    module = Gan()
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (module.generator, module.critic)]
+    module.configure_optimizers = lambda: optimizers
+    other = attach(optimizers[1])
+    with pytest.raises(AutoClipError, match="attached already"):
+        make_trainer(AutoClipCallback()).fit(module, make_data())
+    assert [attached(optimizer) for optimizer in optimizers] == [None, other]
 
 
 class Stop(Callback):

@@ -4,6 +4,7 @@ A CPU has no copies that take time. Here their arrival is delayed by a seam, `Pe
 of an accelerator are met; with CUDA at hand the real thing is tried as well.
 """
 
+import copy
 from math import inf, isfinite, isnan, nan
 
 import numpy as np
@@ -256,6 +257,90 @@ def test_gradscaler_skips_are_not_seen(mode):
         scaler.update()
     assert (clip.steps, clip.nonfinite_steps) == (3, 0)
     assert clip.history.values().tolist() == [1.0, 2.0, 4.0]
+
+
+def never_arrive(monkeypatch):
+    monkeypatch.setattr(Pending, "has_arrived", lambda self: False)
+
+
+READS = {
+    "repr": repr,
+    "log": lambda clip: clip.log(),
+    "state_dict": lambda clip: clip.state_dict(),
+    "history": lambda clip: clip.history,
+    "steps": lambda clip: clip.steps,
+    "copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_error_waits_for_the_next_step_and_is_raised_once(read, monkeypatch):
+    never_arrive(monkeypatch)
+    param = nn.Parameter(torch.zeros(1))
+    clip = AutoClip([param], 0.0, mode="deferred", nonfinite="raise")
+    for norm in (1.0, nan, nan, 2.0):
+        param.grad = torch.tensor([norm])
+        clip.step()
+    for _ in range(2):
+        read(clip)
+    clip.threshold  # noqa: B018 - takes in what was on its way
+    param.grad = torch.tensor([4.0])
+    with pytest.raises(NonFiniteNormError, match="step 2"):
+        clip.step()
+    assert param.grad.item() == 4.0
+    assert clip.step().scale.item() == 0.25  # the gradient is still there
+    assert (clip.steps, clip.nonfinite_steps) == (5, 2)
+    assert clip.history.values().tolist() == [1.0, 2.0, 4.0]
+
+
+def test_loading_a_state_forgets_an_error_that_waits(monkeypatch):
+    never_arrive(monkeypatch)
+    param = nn.Parameter(torch.zeros(1))
+    clip = AutoClip([param], mode="deferred", nonfinite="raise")
+    param.grad = torch.tensor([1.0])
+    clip.step()
+    good = clip.state_dict()
+    param.grad = torch.tensor([nan])
+    clip.step()
+    clip.load_state_dict(good)
+    param.grad = torch.tensor([2.0])
+    clip.step()
+    assert clip.history.values().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_dropped_steps_count_the_same_in_every_mode(scope):
+    def run(make, mode):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+        optimizer = make(params)
+        clip = attach(optimizer, mode=mode, scope=scope)
+        for value in (1.0, nan, 3.0, inf, 2.0):
+            for param in params:
+                param.grad = torch.full((2,), value)
+            for _ in range(3):
+                optimizer.step()
+        return clip.steps, clip.nonfinite_steps, clip.state_dict()
+
+    plain = run(lambda params: torch.optim.SGD(params, lr=0.1), "immediate")
+    assert plain[:2] == (5, 2 if scope == "global" else 4)
+    for fused, mode in ((False, "deferred"), (True, "immediate"), (True, "deferred")):
+        assert run(lambda params, fused=fused: torch.optim.SGD(params, lr=0.1, fused=fused), mode) == plain
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+@pytest.mark.parametrize("window", [None, 3])
+def test_owner_of_a_step_may_change_its_tensors(late, window):
+    makers = [
+        lambda p: AutoClip([p], 30.0, mode="deferred", window=window),
+        lambda p: AutoClip([p], 30.0, mode="immediate", window=window),
+    ]
+    for number, clips, (late_step, step), _ in run(norms_of_a_run(300), makers):
+        assert_same_steps(late_step, step)
+        for field in late_step:
+            field.zero_()  # as torch.distributed.all_reduce writes
+        if number % 20 == 0:
+            assert clips[0].state_dict() == clips[1].state_dict()
 
 
 # On the real thing

@@ -2,6 +2,10 @@
  *
  * SPDX-License-Identifier: MIT
  */
+#if !defined(_WIN32)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
 #include "stream.h"
 
 /* Tiny nodes reach every shape within a few hundred norms, so every size is judged. Real nodes are made of whole cache
@@ -423,8 +427,101 @@ static void test_large_history_grows_with_the_standard_allocator(void) {
 #define MEMORY_TESTS
 #endif
 
-TEST_MAIN(MEMORY_TESTS TEST(test_empty_history_takes_at_most_a_kilobyte),
-          TEST(test_ascending_norms_are_not_sorted_again),
+/* Norms that crowd together around one, and there again, with some far away: each level of the sort finds one range full. */
+static void crowd(double *norms, size_t count) {
+    uint64_t state = 1;
+    for (size_t i = 0; i < count; ++i) {
+        const int depth = (int)(test_random(&state) % 80);
+        norms[i] =
+            depth < 52 ? 1 + 1.0 / (double)(UINT64_C(1) << depth) : 1 + (double)(test_random(&state) % 64) * 0x1p-52;
+    }
+    norms[count / 2] = 1e300;
+    norms[count / 3] = 0x1p-1074;
+    norms[count / 4] = -1e300;
+}
+
+static void test_norms_that_crowd_together_are_sorted(void) {
+    for (size_t count = 20; count <= 40000; count *= 3) {
+        double *norms = test_block(count * sizeof *norms);
+        for (uint64_t window = 0; window <= count; window += count) {
+            autoclip_history *history;
+            model truth;
+            crowd(norms, count);
+            model_create(&truth, window);
+            model_extend(&truth, norms, count);
+            REQUIRE_OK(autoclip_history_create(window, NULL, &history));
+            REQUIRE_OK(autoclip_history_extend(history, norms, count));
+            judge(history, &truth);
+            autoclip_history_destroy(history);
+            model_destroy(&truth);
+        }
+        free(norms);
+    }
+}
+
+/* Sanitizers make frames larger. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(memory_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#endif
+#if !defined(_WIN32) && !defined(SANITIZED) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#include <limits.h>
+#include <pthread.h>
+
+enum { CROWD = 40000 };
+
+static void *run_on_a_small_stack(void *crowded) {
+    const double *norms = crowded;
+    autoclip_history *history;
+    autoclip_history *other;
+    double thresholds[3];
+    const double percentiles[3] = {0, 10, 90};
+    const char *reason;
+    REQUIRE_OK(autoclip_history_create(0, NULL, &history));
+    REQUIRE_OK(autoclip_history_extend(history, norms, CROWD));
+    for (int i = 0; i < CROWD; ++i) {
+        REQUIRE_OK(autoclip_history_observe_many(history, norms + i, 1, percentiles, 3, thresholds));
+    }
+    REQUIRE_OK(autoclip_history_clone(history, &other));
+    REQUIRE_OK(autoclip_history_merge(other, history));
+    REQUIRE_OK(autoclip_history_check(other, &reason));
+    size_t size = autoclip_history_save_size(other);
+    void *bytes = test_block(size);
+    REQUIRE_OK(autoclip_history_save(other, bytes, size, &size));
+    autoclip_history_destroy(other);
+    REQUIRE_OK(autoclip_history_load(bytes, size, NULL, &other));
+    autoclip_history_destroy(other);
+    free(bytes);
+    autoclip_history_destroy(history);
+    REQUIRE_OK(autoclip_history_create(CROWD / 2, NULL, &history));
+    REQUIRE_OK(autoclip_history_extend(history, norms, CROWD));
+    for (int i = 0; i < CROWD; ++i) REQUIRE_OK(autoclip_history_push(history, norms[i]));
+    autoclip_history_destroy(history);
+    return NULL;
+}
+
+static void test_stack_of_sixty_four_kilobytes_is_enough(void) {
+    double *norms = test_block(CROWD * sizeof *norms);
+    pthread_attr_t attributes;
+    pthread_t thread;
+    crowd(norms, CROWD);
+    REQUIRE(pthread_attr_init(&attributes) == 0, "no attributes");
+    const size_t own = 8 << 10; /* of the thread itself, and of this test */
+    REQUIRE(pthread_attr_setstacksize(&attributes, (64 << 10) + own) == 0, "no small stack");
+    REQUIRE(pthread_create(&thread, &attributes, run_on_a_small_stack, norms) == 0, "no thread");
+    REQUIRE(pthread_join(thread, NULL) == 0, "no join");
+    (void)pthread_attr_destroy(&attributes);
+    free(norms);
+}
+
+#define STACK_TESTS TEST(test_stack_of_sixty_four_kilobytes_is_enough),
+#else
+#define STACK_TESTS
+#endif
+
+TEST_MAIN(MEMORY_TESTS STACK_TESTS TEST(test_norms_that_crowd_together_are_sorted),
+          TEST(test_empty_history_takes_at_most_a_kilobyte), TEST(test_ascending_norms_are_not_sorted_again),
           TEST(test_history_is_sound_while_it_grows_through_every_size),
           TEST(test_history_is_sound_however_it_was_filled), TEST(test_window_drains_in_every_order),
           TEST(test_window_takes_arrays_of_every_length), TEST(test_observe_many_takes_arrays_of_every_length));

@@ -207,19 +207,41 @@ static void test_snapshot_of_a_newer_format_is_named_as_such(void) {
         snapshot_seal(bytes, sizeof bytes);
         require_refused(AUTOCLIP_NEW_SNAPSHOT, bytes, sizeof bytes);
     }
-    /* A newer minor adds only what an older reader may ignore. */
-    unsigned char bytes[SNAPSHOT_SIZE(5)];
-    model truth;
-    autoclip_history *history;
-    snapshot_write(bytes, 0, five_norms, 5);
-    bytes_put(bytes + 10, 7, 2);
-    snapshot_seal(bytes, sizeof bytes);
-    REQUIRE_OK(autoclip_history_load(bytes, sizeof bytes, NULL, &history));
-    model_create(&truth, 0);
-    model_extend(&truth, five_norms, 5);
-    judge(history, &truth); /* and saved again it has our minor */
-    autoclip_history_destroy(history);
-    model_destroy(&truth);
+}
+
+/* What a later minor adds is ignored: flags, the 16 bytes at 40, a longer header. */
+static void test_snapshot_of_a_later_minor_is_read(void) {
+    enum { MORE = 24 };
+    for (int additions = 0; additions < 8; ++additions) {
+        const size_t more = (additions & 1) != 0 ? MORE : 0;
+        unsigned char bytes[SNAPSHOT_SIZE(5) + MORE];
+        model truth;
+        autoclip_history *history;
+        test_now.step = (uint64_t)additions;
+        snapshot_write(bytes, 0, five_norms, 5);
+        memmove(bytes + SNAPSHOT_HEADER + more, bytes + SNAPSHOT_HEADER, 5 * sizeof(double));
+        memset(bytes + SNAPSHOT_HEADER, 0xEE, more);
+        bytes_put(bytes + 10, 7, 2);
+        bytes_put(bytes + 12, SNAPSHOT_HEADER + more, 4);
+        bytes_put(bytes + 16, (additions & 2) != 0 ? UINT64_MAX << 32 : 0, 8);
+        memset(bytes + 40, (additions & 4) != 0 ? 0xEE : 0, 16);
+        snapshot_seal(bytes, SNAPSHOT_SIZE(5) + more);
+        REQUIRE_OK(autoclip_history_load(bytes, SNAPSHOT_SIZE(5) + more, NULL, &history));
+        model_create(&truth, 0);
+        model_extend(&truth, five_norms, 5);
+        judge(history, &truth); /* and saved again it has our minor */
+        autoclip_history_destroy(history);
+        model_destroy(&truth);
+        /* A flag that no reader may ignore. */
+        bytes_put(bytes + 16, 2, 8);
+        snapshot_seal(bytes, SNAPSHOT_SIZE(5) + more);
+        require_refused(AUTOCLIP_NEW_SNAPSHOT, bytes, SNAPSHOT_SIZE(5) + more);
+        /* And in this minor there are no additions. */
+        bytes_put(bytes + 10, 0, 2);
+        bytes_put(bytes + 16, (additions & 2) != 0 ? UINT64_MAX << 32 : 0, 8);
+        snapshot_seal(bytes, SNAPSHOT_SIZE(5) + more);
+        if (additions > 0) require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, SNAPSHOT_SIZE(5) + more);
+    }
 }
 
 /* Norms that no history can hold, sealed; each at every place of small and of larger snapshots. */
@@ -339,5 +361,6 @@ static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
 TEST_MAIN(TEST(test_snapshot_round_trip_keeps_every_byte), TEST(test_snapshot_of_a_window_continues),
           TEST(test_snapshot_with_one_flipped_bit_is_refused), TEST(test_snapshot_of_another_length_is_refused),
           TEST(test_snapshot_whose_header_lies_is_refused), TEST(test_snapshot_of_a_newer_format_is_named_as_such),
-          TEST(test_snapshot_with_impossible_norms_is_refused), TEST(test_snapshot_never_brings_a_negative_zero),
-          TEST(test_save_needs_the_whole_size), TEST(test_snapshot_with_random_damage_is_refused_or_sound));
+          TEST(test_snapshot_of_a_later_minor_is_read), TEST(test_snapshot_with_impossible_norms_is_refused),
+          TEST(test_snapshot_never_brings_a_negative_zero), TEST(test_save_needs_the_whole_size),
+          TEST(test_snapshot_with_random_damage_is_refused_or_sound));

@@ -383,6 +383,26 @@ static void test_allocator_is_copied(void) {
     heap_destroy(&own);
 }
 
+/* A caller of a later release may bring members that this one does not know; `size` says how many. */
+static void test_allocator_may_have_more_members(void) {
+    for (int way = 0; way < 3; ++way) {
+        struct {
+            autoclip_allocator known;
+            void *more[4];
+        } given;
+        heap own;
+        autoclip_history *history;
+        heap_create(&own);
+        memset(&given, 0xEE, sizeof given);
+        given.known = own.allocator;
+        given.known.size = way == 0 ? 0 : way == 1 ? sizeof given.known : sizeof given;
+        REQUIRE_OK(autoclip_history_create(0, &given.known, &history));
+        for (int i = 0; i < 3000; ++i) REQUIRE_OK(autoclip_history_push(history, i));
+        autoclip_history_destroy(history);
+        heap_destroy(&own);
+    }
+}
+
 static void test_negative_zero_is_stored_as_zero(void) {
     for (uint64_t window = 0; window <= 30; window += 30) {
         subject own;
@@ -414,4 +434,5 @@ TEST_MAIN(TEST(test_not_finite_norms_are_refused_whole), TEST(test_bad_percentil
           TEST(test_small_arrays_are_refused), TEST(test_check_notices_every_wrong_norm),
           TEST(test_check_notices_every_wrong_number), TEST(test_messages_are_sentences),
           TEST(test_version_is_that_of_the_header), TEST(test_nothing_may_be_null_but_what_the_header_allows),
-          TEST(test_allocator_is_copied), TEST(test_negative_zero_is_stored_as_zero));
+          TEST(test_allocator_is_copied), TEST(test_allocator_may_have_more_members),
+          TEST(test_negative_zero_is_stored_as_zero));

@@ -220,6 +220,14 @@ def test_names_that_cannot_be_shown_are_shown_by_their_codes(tmp_path):
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
+def test_names_cannot_steer_the_terminal(tmp_path, run_main):
+    (tmp_path / "n.csv").write_text("\x1b[31mgrad_norm\x07,step\n1,2\nx,3\n", encoding="utf-8")
+    for arguments in (["n.csv"], ["n.csv", "-c", "step", "-c", "\x1b[31mgrad_norm\x07"], ["n.csv", "-c", "\x1b"]):
+        done = run_main("replay", *arguments)
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+        assert r"\x1b[31mgrad_norm\x07" in done.stdout + done.stderr.replace(r"\\", "\\")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="asks a shell of Unix")
 @pytest.mark.parametrize(
     ("streams", "code", "says"),

@@ -28,7 +28,7 @@ TRAINER = {"epoch": 1, "log_history": [{"grad_norm": 1.5, "loss": 1}, {"eval_los
 # Text, the name that is found, the norms.
 FILES = {
     "metrics.csv": (LIGHTNING, "grad_norm", [2.5, nan, 0.5]),
-    "spaces.csv": ("step, Grad_Norm \n0, 1.5\n1, inf\n", " Grad_Norm ", [1.5, inf]),
+    "spaces.csv": ("step, Grad_Norm \n0, 1.5\n1, inf\n", "Grad_Norm", [1.5, inf]),
     "tabs.csv": ("step\tgrad_norm\n0\t1.5\n1\t2.5\n", "grad_norm", [1.5, 2.5]),
     "semicolons.csv": ("\n\nstep;grad_norm\n0;1.5\n", "grad_norm", [1.5]),
     "decimal_commas.csv": ("step;grad_norm\n0;1,5\n1;2,5e-3\n2;3\n", "grad_norm", [1.5, 2.5e-3, 3.0]),
@@ -61,6 +61,8 @@ FILES = {
     "lines.json": ('{"grad_norm": 1.5}\n{"grad_norm": 2.5}\n', "grad_norm", [1.5, 2.5]),
     "several_in_a_line.json": ('{"grad_norm": 1.5}{"grad_norm": 2.5}\n{"grad_norm": 3}\n', "grad_norm", [1.5, 2.5, 3]),
     "late_several.json": ('{"grad_norm": 1.5}\n{"grad_norm": 2.5} {"grad_norm": 3}\n', "grad_norm", [1.5, 2.5, 3]),
+    "commas_between.json": ('{"grad_norm": 1.5},\n{"grad_norm": 2.5},\n', "grad_norm", [1.5, 2.5]),
+    "late_comma.json": ('{"grad_norm": 1.5}\n{"grad_norm": 2.5},\n', "grad_norm", [1.5, 2.5]),
     "several.json": ('{\n"grad_norm": 1.5\n}\n{\n"grad_norm": 2.5\n}\n', "grad_norm", [1.5, 2.5]),
     "nulls.jsonl": ('{"grad_norm": null}\n{"grad_norm": 2}\n{"grad_norm": "3.5"}\n', "grad_norm", [2.0, 3.5]),
     "nested.jsonl": ('{"train": {"grad_norm": 1.5}}\n{"train": {"grad_norm": 2}}\n', "train.grad_norm", [1.5, 2.0]),
@@ -244,7 +246,7 @@ def test_packed_files_are_read_as_far_as_they_go(pack, what, events, tmp_path):
 def test_columns_may_be_named(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("grad_norm,other,grad_norm\n1,2,5\n3,4,\n", encoding="utf-8")
-    assert read_norms(path, "other")[0].tolist() == [2.0, 4.0]
+    assert read_norms(path, "other")[0].tolist() == read_norms(path, " other ")[0].tolist() == [2.0, 4.0]
     logs = read_log(path, ["other", "grad_norm.1", "other", "grad_norm"])
     assert [(log.name, log.norms.tolist()) for log in logs] == [
         ("other", [2.0, 4.0]),

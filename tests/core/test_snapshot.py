@@ -52,6 +52,76 @@ def refused(snapshot, match="not a snapshot"):
     assert isinstance(caught.value, ValueError)
 
 
+def made_later(norms, window=0, more=b"", **lies):
+    """The snapshot of a version that does not exist yet: a minor of 1, and `more` header after the 64 bytes."""
+    values = (b"\x89ACH\r\n\x1a\n", 1, 1, 64 + len(more), int(window > 0), len(norms), window, bytes(16))
+    header = HEADER.pack(*(dict(zip(FIELDS, values, strict=True)) | lies).values())
+    body = more + np.asarray(norms, dtype="<f8").tobytes()
+    return header + xxhash.xxh64_digest(header)[::-1] + body + xxhash.xxh64_digest(body)[::-1]
+
+
+@pytest.mark.parametrize("window", [0, 3, 100])
+@pytest.mark.parametrize(
+    "additions",
+    [
+        {},
+        {"minor": 65535},
+        {"zero": bytes(range(16))},
+        {"more": bytes(range(8))},
+        {"more": bytes(range(40)), "zero": b"x" * 16},
+        {"more": b"\xff" * 4096},
+    ],
+)
+def test_snapshot_of_a_later_minor_is_read_without_what_it_adds(additions, window):
+    norms = [1.0, 2.0, 3.0]
+    for flags in (0, 1 << 32, 1 << 63):
+        later = made_later(norms, window, **{"flags": flags | (window > 0)} | additions)
+        history = NormHistory.from_bytes(later)
+        history.check()
+        assert history.to_bytes() == snapshot_of(norms, window)  # this release's own, which has nothing else
+
+
+@pytest.mark.parametrize("minor", [1, 7])
+@pytest.mark.parametrize("bit", range(1, 32))
+def test_flag_that_no_reader_may_ignore_is_a_later_format(bit, minor):
+    later = made_later([1.0, 2.0], minor=minor, flags=1 << bit)
+    refused(later, "later release")
+    refused(later[:-1] + bytes([later[-1] ^ 1]))  # damaged, not later
+
+
+@pytest.mark.parametrize("minor", [0, 1])
+@pytest.mark.parametrize(
+    "lies",
+    [
+        {"length": 0},
+        {"length": 8},
+        {"length": 56},
+        {"length": 65},
+        {"length": 68},
+        {"length": 72},
+        {"length": 64 + 8 * 3},
+        {"length": 64 + 8 * 4},
+        {"length": 2**32 - 8},
+        {"count": 2},
+        {"count": 4},
+        {"count": 2**61},
+        {"window": 5, "flags": 0},
+        {"flags": 1},
+        {"flags": 1, "window": 2},
+        {"major": 0},
+    ],
+)
+def test_snapshot_whose_header_lies_is_refused(lies, minor):
+    refused(made_later([1.0, 2.0, 3.0], **{"minor": minor} | lies))
+
+
+@pytest.mark.parametrize(
+    "additions", [{"zero": b"x" + bytes(15)}, {"flags": 2}, {"flags": 1 << 32}, {"flags": 1 << 63}, {"more": bytes(8)}]
+)
+def test_snapshot_of_this_minor_has_no_additions(additions):
+    refused(made_later([1.0], minor=0, **additions))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 31, 128, 257, 6000])
 def test_snapshot_is_the_documented_bytes(shape, count):
