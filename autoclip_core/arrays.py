@@ -38,7 +38,7 @@ MAX_WINDOW = 2**24
 _BASE = 128
 _DIGITS = 11
 
-# The largest number that a float32 and an int32 hold. In a state the former stands for infinity, and its opposite for NaN:
+# The largest that a float32 and an int32 hold. In a state the former stands for infinity, and its opposite for NaN:
 # optimizers that blend two states by products with 0 and 1, and programs that look for numbers that are not finite, find
 # finite ones only.
 _LARGEST = 2.0**128 - 2.0**104

@@ -34,6 +34,7 @@ void autoclip_memory_default_release(void *context, void *block, size_t size) {
 }
 
 struct memory autoclip_memory_from(const autoclip_allocator *allocator) {
-    const autoclip_allocator standard = {autoclip_memory_default_allocate, autoclip_memory_default_release, NULL, sizeof standard};
+    const autoclip_allocator standard = {autoclip_memory_default_allocate, autoclip_memory_default_release, NULL,
+                                         sizeof standard};
     return (struct memory){.allocator = allocator != NULL ? *allocator : standard, .bytes = 0};
 }

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from functools import partial
-from math import inf
 from pathlib import Path
 
 import numpy as np
