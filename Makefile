@@ -2,6 +2,7 @@
 ## make test    everything: static checks, C tests, Python tests on both backends
 ## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
 ## make oldest  the JAX, TensorFlow and Keras tests on the oldest versions that pyproject.toml allows
+## make engines  the same training under DeepSpeed, FSDP, Accelerate, Lightning, the Trainer and Ray, against one process
 ## make coverage  that the tests reach every line and branch of the kernel, and 95 % of the lines of each package
 ## make soak    the long forms of the tests, with their figures: most of a day; SOAK="--help" for parts and options
 ## make bench   growth of the cost with the history, beside its rivals
@@ -17,7 +18,7 @@ C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow coverage soak bench format clean tools static python
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak bench format clean tools static python
 .PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
 help:
@@ -46,6 +47,13 @@ oldest-jax oldest-tensorflow: oldest-%:
 	$(PYTHON) -m venv build/$@
 	AUTOCLIP_REQUIRE_NATIVE=1 build/$@/bin/pip install '.[numba]' $(OLDEST_$*) hypothesis pytest scikit-learn
 	AUTOCLIP_BACKEND=native build/$@/bin/python -P -m pytest $(TESTS_$*)
+
+# Two and four ranks on this machine's CPU; ENGINES="deepspeed ray" for some of them.
+engines:
+	$(PYTHON) -m venv build/engines
+	AUTOCLIP_REQUIRE_NATIVE=1 PIP_CONSTRAINT=constraints.txt DS_BUILD_OPS=0 \
+	    build/engines/bin/pip install '.[lightning,transformers]' -r tests/engines/requirements.txt
+	AUTOCLIP_BACKEND=native build/engines/bin/python -P tests/engines/run.py $(ENGINES)
 
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history

@@ -79,7 +79,7 @@ def kernel_library() -> str:
     """Return the path of the shared library that holds the compiled kernel and its table of shared histories.
 
     For code that calls the kernel from C, as compiled programs do. It is loaded already, and opening it by this path
-    finds the same one, with the functions of autoclip.h and the doors of csrc/arrays, csrc/tensorflow and csrc/xla.
+    finds the same one, with the functions of autoclip.h and the entry points of the other folders of csrc.
 
     Raises:
         BackendError: the backend of new histories is not the compiled kernel, or none can be loaded.

@@ -94,7 +94,7 @@ class History:
 
     def observe(self, norm: float, percentile: float) -> float:
         threshold: float = _observe(self._id, norm, percentile)
-        # A NaN: csrc/ffi_build.py says which. To call isnan takes a tenth of an observe.
+        # A NaN: csrc/ffi_build.py says which. To call isnan would cost more than to compare.
         if threshold != threshold:  # noqa: PLR0124
             _expect_ok(pack("<d", threshold)[0], norm=norm, percentile=percentile)
         return threshold

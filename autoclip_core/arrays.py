@@ -10,8 +10,8 @@ share, for programs that cannot ask the host. What shaped this module:
 
 There are two ways to have a threshold without asking the host. Either the program keeps a window of the last N norms,
 in two arrays of shape (N,): the norms ascending, and the same in order of age in a ring, places without a norm holding
-the largest float32 (`observe`). Or the host keeps the history, and the program is told the few norms around the percentile in
-advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
+the largest float32 (`observe`). Or the host keeps the history, and the program is told few norms around the percentile
+in advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
 
 A compiled program takes a whole step with `take_step`, which is given the way to observe a norm: over arrays, or in the
 compiled kernel, which keeps the same arrays, or a tree on the host.
@@ -39,8 +39,8 @@ _BASE = 128
 _DIGITS = 11
 
 # The largest that a float32 and an int32 hold. In a state the former stands for infinity, and its opposite for NaN:
-# optimizers that blend two states by products with 0 and 1, and programs that look for numbers that are not finite, find
-# finite ones only.
+# optimizers that blend two states by products with 0 and 1, and programs that look for what is not finite, find finite
+# numbers only.
 _LARGEST = 2.0**128 - 2.0**104
 _LAST_COUNT = 2**31 - 1
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +51,23 @@ OPTIMIZERS = {
 }
 
 
+class Place(NamedTuple):
+    """Where gradients are, and of what dtype."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+
+HERE = Place()
+
+
 class Subject:
     """Parameters with gradients that are renewed before every step, and the step to time."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, place: Place = HERE) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.params = [nn.Parameter(torch.zeros(size)) for _ in range(count)]
-        self._fresh = [torch.randn(size, generator=generator) for _ in range(count)]
+        self.params = [nn.Parameter(torch.zeros(size).to(*place)) for _ in range(count)]
+        self._fresh = [torch.randn(size, generator=generator).to(*place) for _ in range(count)]
         self._sizes = itertools.cycle(np.random.default_rng(2).lognormal(sigma=SIGMA, size=997).tolist())
         self.grads = [grad.clone() for grad in self._fresh]
         for param, grad in zip(self.params, self.grads, strict=True):
@@ -64,12 +75,16 @@ class Subject:
         self.norm = float(count * size) ** 0.5
         self.step: Callable[[], object] = lambda: None
 
+    def renew(self) -> None:
+        """New gradients, of another size."""
+        torch._foreach_copy_(self.grads, self._fresh)
+        torch._foreach_mul_(self.grads, next(self._sizes))
+
     def run(self, steps: int) -> float:
         """Microseconds per step, without renewing the gradients."""
         total = 0.0
         for _ in range(steps):
-            torch._foreach_copy_(self.grads, self._fresh)
-            torch._foreach_mul_(self.grads, next(self._sizes))
+            self.renew()
             begin = time.perf_counter()
             self.step()
             total += time.perf_counter() - begin
@@ -82,30 +97,30 @@ def fill(clip: AutoClip, norm: float, size: int) -> None:
         history.extend(norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=size))
 
 
-def make_autoclip(count: int, size: int, history: int, scope: str = "global") -> Subject:
-    subject = Subject(count, size)
+def make_autoclip(count: int, size: int, history: int, scope: str = "global", place: Place = HERE) -> Subject:
+    subject = Subject(count, size, place)
     clip = AutoClip(subject.params, scope=scope)
     fill(clip, subject.norm if scope == "global" else float(size) ** 0.5, history)
     subject.step = clip.step
     return subject
 
 
-def make_torch(count: int, size: int) -> Subject:
-    subject = Subject(count, size)
+def make_torch(count: int, size: int, place: Place = HERE) -> Subject:
+    subject = Subject(count, size, place)
     limit = 0.7 * subject.norm
     subject.step = lambda: nn.utils.clip_grad_norm_(subject.params, limit)
     return subject
 
 
-def make_norm(count: int, size: int) -> Subject:
-    subject = Subject(count, size)
+def make_norm(count: int, size: int, place: Place = HERE) -> Subject:
+    subject = Subject(count, size, place)
     subject.step = lambda: nn.utils.get_total_norm([param.grad for param in subject.params]).item()
     return subject
 
 
-def make_authors(count: int, size: int, history: int) -> Subject:
+def make_authors(count: int, size: int, history: int, place: Place = HERE) -> Subject:
     """As published: the norm tensor by tensor on the host, a list, numpy.percentile, torch's clipping."""
-    subject = Subject(count, size)
+    subject = Subject(count, size, place)
     norms = (subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history)).tolist()
 
     def step() -> None:
@@ -120,8 +135,8 @@ def make_authors(count: int, size: int, history: int) -> Subject:
     return subject
 
 
-def make_fused(count: int, size: int, optimizer: str, *, autoclip: bool) -> Subject:
-    subject = Subject(count, size)
+def make_fused(count: int, size: int, optimizer: str, *, autoclip: bool, place: Place = HERE) -> Subject:
+    subject = Subject(count, size, place)
     made = OPTIMIZERS[optimizer](subject.params)
     if autoclip:
         fill(attach(made), subject.norm, MANY)

@@ -15,7 +15,7 @@ marked = re.search(r"/\* \[declarations:.*?\*/(.*)/\* \[end of declarations\] \*
 if marked is None:
     raise SystemExit("include/autoclip.h has lost the two marks around the declarations that make the Python binding")
 
-# Reading an out-parameter takes Python a quarter of an observe, so the calls of every training step return what they
+# To read an out-parameter takes Python long, so the calls of every training step return what they
 # find. A failure is a NaN with the status in its lowest byte; that byte is 0 in a NaN that is an answer (numpy's, of
 # norms whose difference is beyond a double).
 RETURNING = """

@@ -1,4 +1,4 @@
-"""The rules of the court: which backend is on trial, what may be absent, how hard hypothesis tries.
+"""What all tests share: which backend is tested, what may be absent, how hard hypothesis tries.
 
 AUTOCLIP_BACKEND names the backend under test; without it the automatic choice is tested, and the header of the run
 says which that was. A backend that is demanded and cannot load ends the run before the first test.

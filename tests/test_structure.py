@@ -291,6 +291,15 @@ def test_kernel_includes_libc_and_its_own_headers_only(name):
     assert includes <= KERNEL_MAY_INCLUDE | KERNEL_MAY_INCLUDE_IN.get(name, set()) | own
 
 
+def test_every_c_file_names_its_licence():
+    # A file of the kernel may be copied into another program; examples are too small for one.
+    files = [*(ROOT / "csrc").glob("[!e]*/*.[ch]"), *(ROOT / "tests/c").glob("*.[ch]")]
+    assert len(files) > 30
+    for file in files:
+        first, _, _ = file.read_text(encoding="utf-8").partition("*/")
+        assert first.endswith("\n * SPDX-License-Identifier: MIT "), file
+
+
 @every_kernel_file
 def test_kernel_allocates_in_one_file_only(name):
     assert name == "memory.c" or ALLOCATES.findall(KERNEL_FILES[name]) == []

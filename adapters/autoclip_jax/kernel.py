@@ -33,8 +33,8 @@ _NO_TREE = "autoclip: history=NormHistory() is for the CPU only; on this device 
 def backend() -> str:
     """Return what keeps windows on the CPU: "native", the compiled kernel, or "jax.numpy" where it cannot be reached.
 
-    On other devices it is always "jax.numpy". Calling this makes JAX look for its devices, and registers the kernel with
-    it: call it before a program is loaded that another process has compiled.
+    On other devices it is always "jax.numpy". Calling this makes JAX look for its devices, and registers the kernel
+    with it: call it before a program is loaded that another process has compiled.
     """
     return "jax.numpy" if _obstacle() else "native"
 

@@ -132,8 +132,8 @@ def _refuse_settings(engine: Any, optimizer: Any) -> None:
     if clipping:
         raise AutoClipValueError(
             f'DeepSpeed clips by itself, at {clipping}, and AutoClip replaces that: set "gradient_clipping": 0.0 in '
-            "its configuration. Where it is not set DeepSpeed and Accelerate clip at 1.0, and the Trainer at its "
-            "max_grad_norm. To cap AutoClip's threshold use max_threshold."
+            "its configuration, where it is 1.0 unless set, and give a Trainer max_grad_norm=0.0 as well. To cap "
+            "AutoClip's threshold use max_threshold."
         )
     name = type(optimizer).__name__
     is_plain = isinstance(optimizer, Optimizer)

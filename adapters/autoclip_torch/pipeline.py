@@ -57,7 +57,11 @@ class Pipeline:
         check_ranks: the processes that must see the same norms and thresholds.
     """
 
-    advice = "it belongs between loss.backward() and zero_grad(), on the parameters that are trained"
+    # Where the call belongs, for whoever finds no gradients.
+    advice = (
+        "it belongs between loss.backward() and zero_grad(), on the parameters that are trained (where the tensors of "
+        "a module have been replaced, a new AutoClip)"
+    )
 
     def __init__(
         self,

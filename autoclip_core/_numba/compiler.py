@@ -134,6 +134,6 @@ def _uncounted(_: Any, array: Any) -> Any:
     return array(array), generate
 
 
-# The same array without its reference count, which every inner call would move up and down by atomic instructions: they
-# took half the time of an observe. The caller in Python holds the array until the compiled function returns.
+# The same array without its reference count, which every inner call would move up and down by atomic instructions. The
+# caller in Python holds the array until the compiled function returns.
 uncounted: Any = intrinsic(_uncounted) if _has_compiler else lambda array: array

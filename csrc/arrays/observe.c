@@ -1,3 +1,6 @@
+/* Observe a norm in arrays that belong to a program, or in a shared history.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "observe.h"
 
 #include <float.h>

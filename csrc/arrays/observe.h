@@ -1,5 +1,7 @@
 /* The norms of a run, in an array that belongs to a program or in a shared history: one norm enters, and the percentile is
- * found. What is asked of them, and what follows from the percentile, is said in autoclip_core/arrays.py. */
+ * found. What is asked of them, and what follows from the percentile, is said in autoclip_core/arrays.py.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_ARRAYS_OBSERVE_H
 #define AUTOCLIP_ARRAYS_OBSERVE_H
 

@@ -1,7 +1,5 @@
 /* autoclip.h - an exact, growing history of norms that answers any percentile at any time.
  *
- * SPDX-License-Identifier: MIT
- *
  * AutoClip (Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469) clips a gradient to the p-th percentile
  * of all gradient norms seen so far. This library keeps those norms and answers that percentile, bit for bit as
  * numpy.percentile(norms, p) would, in O(log n) per norm and about ten bytes of memory per norm.
@@ -40,7 +38,8 @@
  *   - Results do not depend on the platform: the same norms give the same bits and the same snapshot everywhere, also in a
  *     thread that flushes subnormal numbers to zero. -ffast-math and its parts are refused when the library is compiled.
  *   - No call needs more than 64 KiB of stack.
- */
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_H
 #define AUTOCLIP_H
 

@@ -1,4 +1,6 @@
-/* Every invariant of a history, one sentence each. The first that does not hold is named. */
+/* Every invariant of a history, one sentence each. The first that does not hold is named.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <math.h>
 #include <string.h>
 

@@ -1,5 +1,7 @@
 /* The allocator seam: every byte that the kernel holds passes through these functions and is counted. Nothing else in the
- * kernel may call malloc. */
+ * kernel may call malloc.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_MEMORY_H
 #define AUTOCLIP_MEMORY_H
 

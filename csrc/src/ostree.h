@@ -2,13 +2,15 @@
  *
  * What shaped it:
  *   - A leaf holds keys and nothing else; its size stands in its parent. Leaves and inner nodes have the same size in
- *     bytes, so that one pool with one free list serves both.
+ *     bytes, so that both come from one pool with one free list.
  *   - An entry of an inner node is (smallest key below, number of keys below, child). The smallest key is exact, always:
- *     one descent rule then serves insert, erase and rank, duplicates included.
+ *     insert, erase and rank then descend by one rule, duplicates included.
  *   - Nodes are refilled from their neighbours before they are split, and two full ones become three: about four fifths
  *     of every leaf is in use after random inserts. Nodes on the right edge may hold less than half, down to one entry,
  *     so that ascending keys and a bulk load fill every leaf to the brim.
- *   - Depth, fan-out and node layout are private: no snapshot contains a node. */
+ *   - Depth, fan-out and node layout are private: no snapshot contains a node.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_OSTREE_H
 #define AUTOCLIP_OSTREE_H
 
@@ -89,7 +91,7 @@ static inline void prefetch(const void *start, size_t bytes) {
 }
 
 /* The number of keys in keys[0 .. size) that are at most `key`. One probe per cache line, then one line: all lines are
- * asked for at once, where a binary search would wait for each in turn: 1.04 times as many pushes at 10^6. */
+ * asked for at once, where a binary search would wait for each in turn. */
 static inline size_t upper_bound(const double *keys, size_t size, double key) {
     enum { LINE = OSTREE_ALIGNMENT / sizeof(double) };
     size_t lines = 0;

@@ -1,4 +1,6 @@
-/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for all that interpolate. */
+/* numpy's "linear" percentile, operation by operation, so that the same bits come out: the one place for all that interpolate.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_PERCENTILE_H
 #define AUTOCLIP_PERCENTILE_H
 

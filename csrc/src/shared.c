@@ -5,7 +5,10 @@
  *
  * An id is a place in the table and the generation of that place, so that the id of a destroyed history stays unknown
  * for ever. Generations begin at random: a compiled program that was saved holds an id, and in a later process it must
- * meet no history, rather than another one. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup needs no lock of the table. */
+ * meet no history, rather than another one. Places never move: block b holds FIRST_BLOCK * 2^b of them, so a lookup
+ * needs no lock of the table.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>

@@ -3,8 +3,7 @@
  * of a range holds. A range that holds many is dealt out once more, by its own least and greatest key: keys that crowd
  * together cost a pass, wherever they are. What is not sorted after some levels is merged, so that the stack is bounded.
  *
- * An extend of 10^6 norms is 1.2 times as fast as with two passes over all keys by trailing and leading bits, and needs two
- * thirds of the memory. */
+ * SPDX-License-Identifier: MIT */
 #include "sort.h"
 
 #include <string.h>

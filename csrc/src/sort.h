@@ -1,4 +1,6 @@
-/* Ascending order for many doubles at once. */
+/* Ascending order for many doubles at once.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_SORT_H
 #define AUTOCLIP_SORT_H
 

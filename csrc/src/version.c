@@ -1,3 +1,6 @@
+/* What the library is, and what a status means, in words.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "autoclip.h"
 
 #define TEXT_OF(number) #number

@@ -2,7 +2,9 @@
  *
  * Written after the documented interface, tensorflow/c/ops.h and tensorflow/c/kernels.h of the TensorFlow project
  * (https://github.com/tensorflow/tensorflow, Apache License 2.0), of which TensorFlow ships a copy; a test compiles every
- * line of this list against that copy. */
+ * line of this list against that copy.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_TENSORFLOW_FUNCTIONS_H
 #define AUTOCLIP_TENSORFLOW_FUNCTIONS_H
 

@@ -7,7 +7,9 @@
  *       which any program holds exactly.
  *
  * There is one table of histories per process, so this lives in the kernel's own library, which TensorFlow does not load
- * and which is not linked to TensorFlow: the program that has loaded both says where TensorFlow's functions are. */
+ * and which is not linked to TensorFlow: the program that has loaded both says where TensorFlow's functions are.
+ *
+ * SPDX-License-Identifier: MIT */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -2,7 +2,9 @@
  *
  * Written after the documented binary interface, xla/ffi/api/c_api.h of the OpenXLA project (https://github.com/openxla/xla,
  * Apache License 2.0), of which jaxlib ships a copy; a test compares every size and offset used here with that copy. The
- * interface grows at the ends of its structs only, and each struct begins with the size that its maker knew. */
+ * interface grows at the ends of its structs only, and each struct begins with the size that its maker knew.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_XLA_FFI_H
 #define AUTOCLIP_XLA_FFI_H
 

@@ -10,7 +10,9 @@
  *
  *   autoclip_xla_tree    (previous f32[1], recorded_steps s32, norm f32, percentile f32[] or f64[])
  *                     -> (previous, threshold f32)
- *       autoclip_tree_observe; the attribute `history` s64 is an id of the table of shared histories. */
+ *       autoclip_tree_observe; the attribute `history` s64 is an id of the table of shared histories.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "ffi.h"
 
 #include <math.h>

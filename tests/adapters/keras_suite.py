@@ -322,8 +322,15 @@ def test_config_makes_an_equal_optimizer():
         name="clipper",
     )
     config = keras.optimizers.serialize(optimizer)
-    json.dumps(config)
-    assert keras.optimizers.serialize(keras.optimizers.deserialize(config)) == config
+    given = {"window": 7, "warmup": 3, "nonfinite": "pass", "max_threshold": 2.0, "gradient_accumulation_steps": 2}
+    assert given.items() <= json.loads(json.dumps(config))["config"].items()
+    again = keras.optimizers.deserialize(config)
+    assert keras.optimizers.serialize(again) == config
+    assert again.inner_optimizer.get_config()["beta_1"] == 0.8
+    # The options act, and are not only written down.
+    acting = AutoClipOptimizer.from_config({**config["config"], "gradient_accumulation_steps": None})
+    acting.apply([ops.convert_to_tensor([8.0])], [keras.Variable([0.0])])
+    assert numbers(acting)["clip_scale"] == 0.25
 
 
 @not_on_torch

@@ -111,6 +111,7 @@ class Event:
         return bool(self.done)
 
     def synchronize(self) -> None:
+        Machine.active.waits_for_events += not self.done
         while not self.done:
             Machine.active.advance()
 
@@ -134,7 +135,7 @@ class Machine(TorchDispatchMode):
         self.current = self.streams[:]
         self.chance, self.speed = random.Random(0), speed  # noqa: S311
         self.patient, self.has_float64 = patient, has_float64
-        self.waits, self.capturing = 0, False
+        self.waits, self.waits_for_events, self.capturing = 0, 0, False
         self.launched: Counter[str] = Counter()
         self._pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -151,9 +152,28 @@ class Machine(TorchDispatchMode):
             self.advance()
         return tensor.value[0] if isinstance(tensor, DeviceTensor) else tensor
 
-    @property
-    def launches(self) -> int:
-        return self.launched.total()
+    @contextmanager
+    def counting(self):
+        """Count what is launched meanwhile."""
+        self.launched.clear()
+        yield self.launched
+
+    @contextmanager
+    def side_stream(self):
+        """Another stream, which waits for this one first, and this one for it afterwards."""
+        main, side = self.current[0], Stream()
+        self.streams.append(side)
+        side.wait_stream(main)
+        self.current[0] = side
+        yield
+        main.wait_stream(side)
+        self.current[0] = main
+
+    @contextmanager
+    def capture(self):
+        self.capturing = True
+        yield
+        self.capturing = False
 
     @property
     def pinned_blocks(self) -> int:
@@ -329,8 +349,9 @@ def simulated_device(monkeypatch, speed=0.8, kind="cuda", **options):
     with monkeypatch.context() as patch, machine:
         patch.setattr(torch, "Event", Event)
         patch.setattr(torch.accelerator, "current_stream", lambda device: machine.current[device.index])
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
-        patch.setattr(getattr(torch, kind), "_lazy_init", lambda: None)
+        module = getattr(torch, kind)
+        patch.setattr(module, "is_current_stream_capturing", lambda: machine.capturing, raising=False)
+        patch.setattr(module, "_lazy_init", lambda: None)
         patch.setattr(torch.Tensor, "pin_memory", _pin_memory)
         forget()
         try:

@@ -247,6 +247,20 @@ def test_update_is_scaled_in_float32_and_keeps_its_type():
     assert state.clip_scale == np.float32(1) / np.float32(3)
 
 
+def test_half_updates_are_scaled_with_all_digits_of_the_scale():
+    tx = autoclip(0.0, window=4)
+    grad = jnp.linspace(0.1, 1, 500).astype(jnp.bfloat16)
+    _, state = tx.update(grad, tx.init(grad))
+    updates, state = tx.update(3 * grad, state)
+    wide, scale = (3 * grad).astype(jnp.float32), state.clip_scale
+    np.testing.assert_array_equal(updates, (wide * scale).astype(jnp.bfloat16))
+    assert (updates != (wide * scale.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)).any()
+
+
+def test_window_of_the_largest_size_is_taken():
+    autoclip(window=arrays.MAX_WINDOW)
+
+
 def test_updates_without_leaves_are_a_zero_norm():
     tx = autoclip(window=4)
     updates, state = tx.update({}, tx.init({}))

@@ -1,6 +1,7 @@
 """AutoClip for GradientTape loops takes every step as the core does: eagerly, in graphs, by XLA, and in the tree."""
 
 import doctest
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -186,6 +188,35 @@ def test_rows_named_twice_add_up(mode):
     assert metrics["grad_norm"] == pytest.approx(np.hypot(5, 2))
     np.testing.assert_allclose(values[:, 0], np.array([1, 2, 4]) * metrics["clip_scale"], rtol=1e-6)
     assert indices.numpy().tolist() == [3, 0, 3]
+
+
+def test_rows_of_half_precision_add_up_without_overflow():
+    clip = AutoClip()
+    rows = tf.fill((100, 1), tf.constant(60_000.0, tf.float16))
+    clip([tf.IndexedSlices(rows, tf.zeros(100, tf.int32), tf.constant([5, 1]))])
+    assert numbers(clip)["grad_norm"] == pytest.approx(6e6, rel=1e-3)
+
+
+def test_wide_gradients_keep_their_digits():
+    clip = AutoClip(0.0)
+    clip([tf.constant([1.0], tf.float64)])
+    grad = tf.constant([3.0 + 1e-12], tf.float64)
+    (clipped,) = clip([grad])
+    assert clipped.numpy()[0] == grad.numpy()[0] * np.float64(np.float32(numbers(clip)["clip_scale"]))
+
+
+def test_variables_are_not_trained():
+    assert not AutoClip().trainable_variables
+
+
+def test_history_is_not_kept_by_the_steps_that_used_it():
+    history = NormHistory()
+    clip = AutoClip(history=history)
+    clip([tf.constant([1.0])])
+    kept = weakref.ref(history)
+    del history, clip
+    gc.collect()
+    assert kept() is None
 
 
 def test_clipping_is_of_the_global_norm():

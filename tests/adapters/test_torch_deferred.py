@@ -1,7 +1,7 @@
 """Thresholds found on the device: the same bits as those that the host finds, however late the norms arrive.
 
 A CPU has no copies that take time. Here their arrival is delayed by a seam, `Pending.has_arrived`, so that all states
-of an accelerator are met; with CUDA at hand the real thing is tried as well.
+of an accelerator are met. Devices, simulated and real, are in test_torch_device.py.
 """
 
 import copy
@@ -341,34 +341,6 @@ def test_owner_of_a_step_may_change_its_tensors(late, window):
             field.zero_()  # as torch.distributed.all_reduce writes
         if number % 20 == 0:
             assert clips[0].state_dict() == clips[1].state_dict()
-
-
-# On the real thing
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_cuda_never_waits(fused, scope):
-    model = make_layers().cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    clip = attach(optimizer, scope=scope)
-    inputs = torch.randn(16, 4, device="cuda")
-
-    def train():
-        optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
-
-    for _ in range(3):
-        train()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(100):
-            train()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert clip.steps == 103
 
 
 def test_deferred_needs_float64():

@@ -542,8 +542,8 @@ def test_clip_whose_optimizer_is_gone_says_so_once():
     assert (clip.steps, len(clip.history), len(clip.state_dict()["groups"])) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("data", [False, True])
-@pytest.mark.parametrize("steps", [0, 3])
+# After a step was seen nobody reads values, so what a version does not tell is not noticed.
+@pytest.mark.parametrize(("steps", "data"), [(0, False), (0, True), (3, False)])
 def test_updates_that_are_not_seen_are_said_once(steps, data):
     """The update made by something else: here by hand, in ways that a version tells or not."""
     model = make_model()
@@ -553,8 +553,6 @@ def test_updates_that_are_not_seen_are_said_once(steps, data):
         backward(model, number)
         optimizer.step()
         clip.log()
-    if steps and data:
-        pytest.skip("nobody can tell")
 
     def update_and_log():
         for _ in range(6):

@@ -1,8 +1,7 @@
 /* libFuzzer: bytes become a snapshot, as they are, or with true checksums, or with a true header as well. What loads must
  * be sound, must save to the bytes it came from, and can be used.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "stream.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
@@ -11,9 +10,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
  * else. */
 static bool is_canonical(const unsigned char *bytes, size_t size) {
     for (size_t at = SNAPSHOT_HEADER; at + 8 < size; at += 8) {
-        if (bytes_get(bytes + at, 8) == UINT64_C(1) << 63) {
-            return false;
-        }
+        if (bytes_get(bytes + at, 8) == UINT64_C(1) << 63) return false;
     }
     return bytes_get(bytes + 10, 2) == 0;
 }
@@ -24,7 +21,7 @@ static void use(autoclip_history *history) {
     uint64_t window = autoclip_history_window(history);
     double threshold;
     uint64_t rank;
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 12; ++i) {
         REQUIRE_OK(autoclip_history_observe(history, i % 2 ? -1e308 : 1e308, 10.0 * (i % 11), &threshold));
         size += window == 0 || size < window;
         REQUIRE(autoclip_history_size(history) == size, "size is %" PRIu64, autoclip_history_size(history));
@@ -35,9 +32,7 @@ static void use(autoclip_history *history) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_size) {
-    if (input_size < 1) {
-        return 0;
-    }
+    if (input_size < 1) return 0;
     size_t size = input_size - 1;
     unsigned char *bytes = test_block(size);
     heap own;
@@ -52,9 +47,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t input_size) {
         bytes_put(header + 24, count, 8);
         memcpy(bytes, header, SNAPSHOT_HEADER);
     }
-    if (size >= SNAPSHOT_SIZE(0) && input[0] % 4 >= 1) {
-        snapshot_seal(bytes, size);
-    }
+    if (size >= SNAPSHOT_SIZE(0) && input[0] % 4 >= 1) snapshot_seal(bytes, size);
     heap_create(&own);
     autoclip_status status = autoclip_history_load(bytes, size, &own.allocator, &history);
     if (status == AUTOCLIP_OK) {

@@ -1,7 +1,6 @@
 /* The reference: a sorted array with insertion and a list in order of age. Slow, short, and the judge of everything.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_TEST_MODEL_H
 #define AUTOCLIP_TEST_MODEL_H
 
@@ -29,12 +28,8 @@ static inline void model_destroy(model *own) {
 
 static inline void model_reserve(model *own, size_t count) {
     size_t evicted = own->ages == NULL ? 0 : (size_t)(own->aged - own->ages);
-    if (evicted + count <= own->capacity) {
-        return;
-    }
-    if (evicted > 0) {
-        memmove(own->ages, own->aged, own->count * sizeof(double));
-    }
+    if (evicted + count <= own->capacity) return;
+    if (evicted > 0) memmove(own->ages, own->aged, own->count * sizeof(double));
     if (2 * count > own->capacity) {
         own->capacity = 2 * count;
         own->sorted = realloc(own->sorted, own->capacity * sizeof(double));
@@ -63,9 +58,9 @@ static inline void model_push(model *own, double norm) {
     norm += 0.0; /* -0.0 becomes 0.0 */
     if (own->window > 0 && own->count == own->window) {
         size_t oldest = model_rank(own, own->aged[0]);
-        own->count--;
+        own->count -= 1;
         memmove(own->sorted + oldest, own->sorted + oldest + 1, (own->count - oldest) * sizeof(double));
-        own->aged++;
+        own->aged += 1;
     }
     model_reserve(own, own->count + 1);
     size_t rank = model_rank(own, norm);
@@ -83,15 +78,13 @@ static inline int model_compare(const void *first, const void *second) {
 /* As many pushes would, faster. */
 static inline void model_extend(model *own, const double *norms, size_t count) {
     if (own->window > 0 || count < 16) {
-        for (size_t i = 0; i < count; i++) {
-            model_push(own, norms[i]);
-        }
+        for (size_t i = 0; i < count; ++i) model_push(own, norms[i]);
         return;
     }
     model_reserve(own, own->count + count);
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; ++i) {
         own->aged[own->count] = own->sorted[own->count] = norms[i] + 0.0;
-        own->count++;
+        own->count += 1;
     }
     qsort(own->sorted, own->count, sizeof(double), model_compare);
 }
@@ -121,16 +114,12 @@ static inline double model_percentile(const model *own, double percentile) {
 /* --- Snapshots, written from their description in autoclip.h ----------------------------------------------------- */
 
 static inline void bytes_put(unsigned char *bytes, uint64_t value, size_t size) {
-    for (size_t i = 0; i < size; i++) {
-        bytes[i] = (unsigned char)(value >> (8 * i));
-    }
+    for (size_t i = 0; i < size; ++i) bytes[i] = (unsigned char)(value >> (8 * i));
 }
 
 static inline uint64_t bytes_get(const unsigned char *bytes, size_t size) {
     uint64_t value = 0;
-    for (size_t i = 0; i < size; i++) {
-        value |= (uint64_t)bytes[i] << (8 * i);
-    }
+    for (size_t i = 0; i < size; ++i) value |= (uint64_t)bytes[i] << (8 * i);
     return value;
 }
 
@@ -152,26 +141,18 @@ static inline uint64_t xxh64(const unsigned char *bytes, size_t size) {
     if (size >= 32) {
         uint64_t lane[4] = {p[0] + p[1], p[1], 0, 0 - p[0]};
         for (; size - at >= 32; at += 32) {
-            for (size_t i = 0; i < 4; i++) {
-                lane[i] = xxh_round(lane[i], bytes_get(bytes + at + 8 * i, 8));
-            }
+            for (size_t i = 0; i < 4; ++i) lane[i] = xxh_round(lane[i], bytes_get(bytes + at + 8 * i, 8));
         }
         hash = xxh_rotate(lane[0], 1) + xxh_rotate(lane[1], 7) + xxh_rotate(lane[2], 12) + xxh_rotate(lane[3], 18);
-        for (size_t i = 0; i < 4; i++) {
-            hash = (hash ^ xxh_round(0, lane[i])) * p[0] + p[3];
-        }
+        for (size_t i = 0; i < 4; ++i) hash = (hash ^ xxh_round(0, lane[i])) * p[0] + p[3];
     }
     hash += size;
-    for (; size - at >= 8; at += 8) {
-        hash = xxh_rotate(hash ^ xxh_round(0, bytes_get(bytes + at, 8)), 27) * p[0] + p[3];
-    }
+    for (; size - at >= 8; at += 8) hash = xxh_rotate(hash ^ xxh_round(0, bytes_get(bytes + at, 8)), 27) * p[0] + p[3];
     if (size - at >= 4) {
         hash = xxh_rotate(hash ^ (bytes_get(bytes + at, 4) * p[0]), 23) * p[1] + p[2];
         at += 4;
     }
-    for (; at < size; at++) {
-        hash = xxh_rotate(hash ^ (bytes[at] * p[4]), 11) * p[0];
-    }
+    for (; at < size; ++at) hash = xxh_rotate(hash ^ (bytes[at] * p[4]), 11) * p[0];
     hash = (hash ^ (hash >> 33)) * p[1];
     hash = (hash ^ (hash >> 29)) * p[2];
     return hash ^ (hash >> 32);
@@ -197,9 +178,7 @@ static inline void snapshot_write(unsigned char *bytes, uint64_t window, const d
     bytes_put(bytes + 16, window > 0, 8);
     bytes_put(bytes + 24, count, 8);
     bytes_put(bytes + 32, window, 8);
-    for (size_t i = 0; i < count; i++) {
-        bytes_put(bytes + SNAPSHOT_HEADER + 8 * i, test_bits(norms[i]), 8);
-    }
+    for (size_t i = 0; i < count; ++i) bytes_put(bytes + SNAPSHOT_HEADER + 8 * i, test_bits(norms[i]), 8);
     snapshot_seal(bytes, SNAPSHOT_SIZE(count));
 }
 
@@ -224,7 +203,7 @@ static inline void judge(autoclip_history *history, const model *truth) {
     size_t count = SIZE_MAX;
     REQUIRE_OK(autoclip_history_values(history, norms, truth->count, &count));
     REQUIRE(count == truth->count, "values gave %zu norms of %zu", count, truth->count);
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; ++i) {
         REQUIRE(test_same(truth->sorted[i], norms[i]), "norm %zu of %zu is %.17g but should be %.17g", i, count,
                 norms[i], truth->sorted[i]);
     }
@@ -239,7 +218,7 @@ static inline void judge(autoclip_history *history, const model *truth) {
             autoclip_history_save_size(history), expected_size);
     REQUIRE_OK(autoclip_history_save(history, bytes, expected_size, &size));
     REQUIRE(size == expected_size, "save wrote %zu bytes of %zu", size, expected_size);
-    for (size_t i = 0; i < size; i++) {
+    for (size_t i = 0; i < size; ++i) {
         REQUIRE(bytes[i] == expected[i], "byte %zu of the snapshot of %zu norms is %02x but should be %02x", i,
                 truth->count, bytes[i], expected[i]);
     }

@@ -2,8 +2,7 @@
  * case they reach. Random tests draw it from a seed, the fuzzer from its bytes, and the fault test refuses memory to
  * each call of it.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_TEST_STREAM_H
 #define AUTOCLIP_TEST_STREAM_H
 
@@ -19,13 +18,9 @@ typedef struct source {
 } source;
 
 static inline uint64_t source_bits(source *own, size_t size) {
-    if (own->bytes == NULL) {
-        return test_random(&own->state) >> (64 - 8 * size);
-    }
+    if (own->bytes == NULL) return test_random(&own->state) >> (64 - 8 * size);
     uint64_t bits = 0;
-    for (size_t i = 0; i < size && own->at < own->size; i++) {
-        bits = bits << 8 | own->bytes[own->at++];
-    }
+    for (size_t i = 0; i < size && own->at < own->size; ++i) bits = bits << 8 | own->bytes[own->at++];
     return bits;
 }
 
@@ -187,14 +182,12 @@ static inline void stream_arm(stream *own) {
 /* After a call: has it to be called again, for want of memory? A call that fails has changed nothing. */
 static inline bool stream_refused(stream *own, bool untouched) {
     heap_disarm(&own->heap);
-    if (own->status == AUTOCLIP_OK) {
-        return false;
-    }
+    if (own->status == AUTOCLIP_OK) return false;
     REQUIRE(untouched, "a result was written though the status is %d", (int)own->status);
     stream_judge(own);
     if (own->status == AUTOCLIP_NO_MEMORY && own->faulty) {
         REQUIRE(own->heap.faults > 0, "no memory, yet nothing was refused");
-        own->attempt++;
+        own->attempt += 1;
         stream_arm(own);
         return true;
     }
@@ -215,9 +208,7 @@ static inline bool stream_refused(stream *own, bool untouched) {
 
 static inline double stream_value(stream *own) {
     static const double bad[3] = {(double)NAN, (double)INFINITY, (double)-INFINITY};
-    if (source_below(&own->source, 128) == 0) {
-        return bad[source_below(&own->source, 3)];
-    }
+    if (source_below(&own->source, 128) == 0) return bad[source_below(&own->source, 3)];
     return values_draw(own->kind, own->drawn++, &own->source);
 }
 
@@ -225,17 +216,15 @@ static inline double stream_value(stream *own) {
 static inline double *stream_values(stream *own, size_t count, uint64_t shape, bool *finite) {
     double *norms = test_block(count * sizeof(double));
     *finite = true;
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; ++i) {
         /* one bad value would spoil a long array nearly always, so only the short ones get any */
         norms[i] = count < 20 ? stream_value(own) : values_draw(own->kind, own->drawn++, &own->source);
-        if (count >= 20 && !isfinite(norms[i])) {
-            norms[i] = 1;
-        }
+        if (count >= 20 && !isfinite(norms[i])) norms[i] = 1;
         *finite = *finite && isfinite(norms[i]);
     }
     if (shape > 0 && *finite) {
         qsort(norms, count, sizeof(double), model_compare);
-        for (size_t i = 0; shape == 2 && i < count / 2; i++) {
+        for (size_t i = 0; shape == 2 && i < count / 2; ++i) {
             double other = norms[i];
             norms[i] = norms[count - 1 - i];
             norms[count - 1 - i] = other;
@@ -270,9 +259,7 @@ static inline void stream_extend(stream *own) {
     double *norms = stream_values(own, count, source_below(&own->source, 3), &finite);
     ATTEMPT(own, autoclip_history_extend(own->history, norms, count), true);
     ATTEMPTED(own, finite ? AUTOCLIP_OK : AUTOCLIP_NOT_FINITE);
-    if (finite) {
-        model_extend(&own->truth, norms, count);
-    }
+    if (finite) model_extend(&own->truth, norms, count);
     free(norms);
 }
 
@@ -302,31 +289,27 @@ static inline void stream_observe_many(stream *own) {
     bool valid = true;
     double percentiles[4] = {0};
     double *norms = stream_values(own, count, source_below(&own->source, 3), &finite);
-    for (size_t j = 0; j < percentile_count; j++) {
+    for (size_t j = 0; j < percentile_count; ++j) {
         percentiles[j] = percentile_draw(&own->source, own->truth.count);
         valid = valid && percentile_valid(percentiles[j]);
     }
     size_t cells = count * percentile_count;
     double *thresholds = test_block(cells * sizeof(double));
-    for (size_t i = 0; i < cells; i++) {
-        thresholds[i] = SENTINEL;
-    }
+    for (size_t i = 0; i < cells; ++i) thresholds[i] = SENTINEL;
     ATTEMPT(own, autoclip_history_observe_many(own->history, norms, count, percentiles, percentile_count, thresholds),
             cells == 0 || (test_same(thresholds[0], SENTINEL) && test_same(thresholds[cells - 1], SENTINEL)));
     if (finite && valid) {
         ATTEMPTED(own, AUTOCLIP_OK);
-        for (size_t i = 0; i < count; i++) {
+        for (size_t i = 0; i < count; ++i) {
             model_push(&own->truth, norms[i]);
-            for (size_t j = 0; j < percentile_count; j++) {
+            for (size_t j = 0; j < percentile_count; ++j) {
                 REQUIRE_SAME(model_percentile(&own->truth, percentiles[j]), thresholds[i * percentile_count + j]);
             }
         }
     } else {
         REQUIRE((!finite && own->status == AUTOCLIP_NOT_FINITE) || (!valid && own->status == AUTOCLIP_BAD_PERCENTILE),
                 "status is %d", (int)own->status);
-        for (size_t i = 0; i < cells; i++) {
-            REQUIRE_SAME(SENTINEL, thresholds[i]);
-        }
+        for (size_t i = 0; i < cells; ++i) REQUIRE_SAME(SENTINEL, thresholds[i]);
     }
     free(thresholds);
     free(norms);
@@ -366,9 +349,7 @@ static inline void stream_rank(stream *own) {
     case 1: norm = source_below(&own->source, 2) ? (double)INFINITY : (double)-INFINITY; break;
     default: /* one that is there, or a neighbour of it */
         norm = own->truth.count == 0 ? -0.0 : own->truth.sorted[source_below(&own->source, own->truth.count)];
-        if (source_below(&own->source, 2)) {
-            norm *= 1 + 0x1p-52;
-        }
+        if (source_below(&own->source, 2)) norm *= 1 + 0x1p-52;
     }
     uint64_t rank = SENTINEL_SIZE;
     ATTEMPT(own, autoclip_history_rank(own->history, norm, &rank), rank == SENTINEL_SIZE);
@@ -392,9 +373,7 @@ static inline void stream_order_statistics(stream *own) {
         ATTEMPTED(own, AUTOCLIP_BAD_RANK);
     } else {
         ATTEMPTED(own, AUTOCLIP_OK);
-        for (size_t i = 0; i < count; i++) {
-            REQUIRE_SAME(own->truth.sorted[first + i], norms[i]);
-        }
+        for (size_t i = 0; i < count; ++i) REQUIRE_SAME(own->truth.sorted[first + i], norms[i]);
     }
     free(before);
     free(norms);
@@ -439,9 +418,7 @@ static inline void stream_merge(stream *own) {
 }
 
 static inline void stream_merge_itself(stream *own) {
-    if (own->truth.window == 0 && own->truth.count > own->limit / 3) {
-        return;
-    }
+    if (own->truth.window == 0 && own->truth.count > own->limit / 3) return;
     ATTEMPT(own, autoclip_history_merge(own->history, own->history), true);
     if (own->truth.window > 0) {
         ATTEMPTED(own, AUTOCLIP_HAS_WINDOW);
@@ -465,9 +442,7 @@ static inline void stream_clone(stream *own) {
             own->heap.bytes);
     autoclip_history *kept = source_below(&own->source, 2) ? clone : own->history;
     autoclip_history *gone = kept == clone ? own->history : clone;
-    for (int i = 0; i < 10; i++) {
-        REQUIRE_OK(autoclip_history_push(gone, 0.5 * i));
-    }
+    for (int i = 0; i < 10; ++i) REQUIRE_OK(autoclip_history_push(gone, 0.5 * i));
     judge_facts(kept, &own->truth);
     autoclip_history_destroy(gone);
     own->history = kept;
@@ -509,9 +484,7 @@ static inline void stream_oldest(stream *own) {
         ATTEMPTED(own, AUTOCLIP_BAD_RANK);
     } else {
         ATTEMPTED(own, AUTOCLIP_OK);
-        for (size_t i = 0; i < count; i++) {
-            REQUIRE_SAME(own->truth.aged[i], norms[i]);
-        }
+        for (size_t i = 0; i < count; ++i) REQUIRE_SAME(own->truth.aged[i], norms[i]);
     }
     free(before);
     free(norms);
@@ -519,10 +492,8 @@ static inline void stream_oldest(stream *own) {
 
 static inline void stream_step(stream *own) {
     uint64_t operation = source_below(&own->source, 40);
-    test_now.step++;
-    if (own->truth.count > own->limit) {
-        stream_clear(own);
-    }
+    test_now.step += 1;
+    if (own->truth.count > own->limit) stream_clear(own);
     switch (operation) {
     case 0: stream_clear(own); break;
     case 1: stream_merge(own); break;
@@ -554,9 +525,7 @@ static inline void stream_step(stream *own) {
     }
     judge_facts(own->history, &own->truth);
     stream_check_memory(own);
-    if (test_now.step % 16 == 0) {
-        stream_judge(own);
-    }
+    if (test_now.step % 16 == 0) stream_judge(own);
 }
 
 #endif /* AUTOCLIP_TEST_STREAM_H */

@@ -4,8 +4,7 @@
  * The tests see the kernel through autoclip.h alone, so that they judge what a user gets and outlive any change of the
  * tree. Each program is built twice, with tiny nodes and with the real ones.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_TEST_H
 #define AUTOCLIP_TEST_H
 
@@ -126,11 +125,11 @@ typedef struct heap {
 
 static inline void *heap_allocate(void *context, size_t size) {
     heap *own = context;
-    own->requests++;
+    own->requests += 1;
     REQUIRE(size > 0, "the kernel asked for an empty block, which malloc may answer with NULL");
     if (own->fail_at != 0 && (own->requests == own->fail_at || (own->fail_onwards && own->requests > own->fail_at))) {
-        own->faults++;
-        own->all_faults++;
+        own->faults += 1;
+        own->all_faults += 1;
         return NULL;
     }
     if (own->count == own->capacity) {
@@ -150,9 +149,7 @@ static inline void *heap_allocate(void *context, size_t size) {
 static inline void heap_release(void *context, void *address, size_t size) {
     heap *own = context;
     size_t at = own->count;
-    while (at > 0 && own->blocks[at - 1].address != address) {
-        at--;
-    }
+    while (at > 0 && own->blocks[at - 1].address != address) at -= 1;
     REQUIRE(at > 0, "the kernel released %p (%zu bytes), which it does not hold", address, size);
     REQUIRE(own->blocks[at - 1].size == size, "the kernel released %zu bytes as %zu", own->blocks[at - 1].size, size);
     memset(address, 0xDD, size);
@@ -200,17 +197,15 @@ typedef struct test_case {
 /* Run all tests, or those whose names contain the first argument. */
 static inline int test_main(const test_case *tests, size_t count, int argc, char **argv) {
     size_t ran = 0;
-    for (size_t i = 0; i < count; i++) {
-        if (argc > 1 && strstr(tests[i].name, argv[1]) == NULL) {
-            continue;
-        }
+    for (size_t i = 0; i < count; ++i) {
+        if (argc > 1 && strstr(tests[i].name, argv[1]) == NULL) continue;
         memset(&test_now, 0, sizeof test_now);
         test_now.test = tests[i].name;
         test_now.detail = "";
         printf("%s\n", tests[i].name);
         fflush(stdout);
         tests[i].run();
-        ran++;
+        ran += 1;
     }
     REQUIRE(ran > 0, "no test is named like '%s'", argc > 1 ? argv[1] : "");
     printf("%zu passed\n", ran);

@@ -1,7 +1,6 @@
 /* Sizes where the tree changes shape, windows that drain any part of it, and the memory that all this may take.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #if !defined(_WIN32)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -25,7 +24,7 @@ static void probe(autoclip_history *history, const model *truth, uint64_t *state
     const size_t last = truth->count - 1;
     const size_t ranks[] = {0, last, last / 2, last / 10, (size_t)(test_random(state) % truth->count)};
     const double percentiles[] = {0, 10, 50, 99.999, 100, 100 * test_uniform(state)};
-    for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++) {
+    for (size_t i = 0; i < sizeof ranks / sizeof *ranks; ++i) {
         double norm;
         uint64_t rank;
         REQUIRE_OK(autoclip_history_select(history, ranks[i], &norm));
@@ -34,7 +33,7 @@ static void probe(autoclip_history *history, const model *truth, uint64_t *state
         REQUIRE(rank == model_rank(truth, norm), "rank of %a is %" PRIu64 ", should be %zu", norm, rank,
                 model_rank(truth, norm));
     }
-    for (size_t i = 0; i < sizeof percentiles / sizeof *percentiles; i++) {
+    for (size_t i = 0; i < sizeof percentiles / sizeof *percentiles; ++i) {
         double threshold;
         REQUIRE_OK(autoclip_history_percentile(history, percentiles[i], &threshold));
         REQUIRE_SAME(model_percentile(truth, percentiles[i]), threshold);
@@ -44,7 +43,7 @@ static void probe(autoclip_history *history, const model *truth, uint64_t *state
 static void test_history_is_sound_while_it_grows_through_every_size(void) {
     static const enum values kinds[] = {VALUES_RANDOM, VALUES_ASCENDING, VALUES_DESCENDING, VALUES_SAW_TOOTH,
                                         VALUES_EQUAL};
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; ++k) {
         source from = {NULL, 0, 0, k};
         uint64_t state = k;
         autoclip_history *history;
@@ -52,18 +51,14 @@ static void test_history_is_sound_while_it_grows_through_every_size(void) {
         test_now.detail = values_name[kinds[k]];
         model_create(&truth, 0);
         REQUIRE_OK(autoclip_history_create(0, NULL, &history));
-        for (size_t count = 1; count <= GROWTH; count++) {
+        for (size_t count = 1; count <= GROWTH; ++count) {
             double norm = values_draw(kinds[k], count, &from);
             test_now.step = count;
             REQUIRE_OK(autoclip_history_push(history, norm));
             model_push(&truth, norm);
             probe(history, &truth, &state);
-            if (is_boundary(count)) {
-                judge_facts(history, &truth);
-            }
-            if (is_boundary(count) && (STRIDE == 1 || count % 512 <= 1)) {
-                judge(history, &truth);
-            }
+            if (is_boundary(count)) judge_facts(history, &truth);
+            if (is_boundary(count) && (STRIDE == 1 || count % 512 <= 1)) judge(history, &truth);
         }
         judge(history, &truth);
         autoclip_history_destroy(history);
@@ -78,13 +73,11 @@ static void test_history_is_sound_however_it_was_filled(void) {
         uint64_t state = count;
         double *norms = test_block(count * sizeof(double));
         model filled;
-        for (size_t i = 0; i < count; i++) {
-            norms[i] = test_uniform(&state);
-        }
+        for (size_t i = 0; i < count; ++i) norms[i] = test_uniform(&state);
         model_create(&filled, 0);
         model_extend(&filled, norms, count);
         test_now.seed = count;
-        for (int way = 0; way < WAYS; way++) {
+        for (int way = 0; way < WAYS; ++way) {
             heap own;
             autoclip_history *history = NULL;
             autoclip_history *other = NULL;
@@ -124,13 +117,11 @@ static void test_history_is_sound_however_it_was_filled(void) {
             judge(history, &filled);
             model_create(&truth, 0);
             model_copy(&truth, &filled);
-            for (int i = 0; i < 18; i++) {
+            for (int i = 0; i < 18; ++i) {
                 double norm = i % 3 == 0 ? -1 - i : i % 3 == 1 ? 2 + i : 0.5;
                 REQUIRE_OK(autoclip_history_push(history, norm));
                 model_push(&truth, norm);
-                if (STRIDE == 1) {
-                    judge_facts(history, &truth);
-                }
+                if (STRIDE == 1) judge_facts(history, &truth);
             }
             judge(history, &truth);
             autoclip_history_destroy(history);
@@ -151,8 +142,8 @@ static void test_window_drains_in_every_order(void) {
     const size_t fills = STRIDE == 1 ? 5 : 3; /* the model is slow at large windows */
     static const double floods[] = {-1e300, 10, 1e300};
     for (uint64_t window = 1; window <= WINDOW; window += WINDOW_STEP) {
-        for (size_t fill = 0; fill < fills; fill++) {
-            for (size_t flood = 0; flood < 1 + 2 * (sizeof floods / sizeof *floods); flood++) {
+        for (size_t fill = 0; fill < fills; ++fill) {
+            for (size_t flood = 0; flood < 1 + 2 * (sizeof floods / sizeof *floods); ++flood) {
                 const bool at_once = flood % 2 == 1;
                 source from = {NULL, 0, 0, fill};
                 uint64_t state = fill;
@@ -163,28 +154,20 @@ static void test_window_drains_in_every_order(void) {
                 test_now.seed = window;
                 model_create(&truth, window);
                 REQUIRE_OK(autoclip_history_create(window, NULL, &history));
-                for (uint64_t i = 0; at_once && i < window; i++) {
-                    norms[i] = values_draw(kinds[fill], i, &from);
-                }
+                for (uint64_t i = 0; at_once && i < window; ++i) norms[i] = values_draw(kinds[fill], i, &from);
                 if (at_once) {
                     REQUIRE_OK(autoclip_history_extend(history, norms, (size_t)window));
                     model_extend(&truth, norms, (size_t)window);
                 }
-                for (uint64_t i = at_once ? window : 0; i < 3 * window + 5; i++) {
+                for (uint64_t i = at_once ? window : 0; i < 3 * window + 5; ++i) {
                     const bool filling = i < window || flood / 2 == sizeof floods / sizeof *floods;
                     double norm = filling ? values_draw(kinds[fill], i, &from) : floods[flood / 2];
                     test_now.step = i;
                     REQUIRE_OK(autoclip_history_push(history, norm));
                     model_push(&truth, norm);
-                    if (STRIDE == 1 || i % 16 == 0) {
-                        probe(history, &truth, &state);
-                    }
-                    if (STRIDE == 1 || i % 512 == 0) {
-                        judge_facts(history, &truth);
-                    }
-                    if (i % (STRIDE == 1 ? 16 : 4096) == 0) {
-                        judge(history, &truth);
-                    }
+                    if (STRIDE == 1 || i % 16 == 0) probe(history, &truth, &state);
+                    if (STRIDE == 1 || i % 512 == 0) judge_facts(history, &truth);
+                    if (i % (STRIDE == 1 ? 16 : 4096) == 0) judge(history, &truth);
                 }
                 judge(history, &truth);
                 autoclip_history_destroy(history);
@@ -198,7 +181,7 @@ static void test_window_drains_in_every_order(void) {
 /* Extend of every length into a window of every fullness: what remains, and its order of age. */
 static void test_window_takes_arrays_of_every_length(void) {
     static const uint64_t windows[] = {1, 2, 3, 4, 5, 9, 16, 33, 300, 700};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
         uint64_t window = windows[w];
         for (uint64_t before = 0; before <= 2 * window; before += 1 + window / 8) {
             for (uint64_t count = 0; count <= 2 * window + 1; count += 1 + window / 16) {
@@ -212,14 +195,12 @@ static void test_window_takes_arrays_of_every_length(void) {
                 heap_create(&own);
                 model_create(&truth, window);
                 REQUIRE_OK(autoclip_history_create(window, &own.allocator, &history));
-                for (uint64_t i = 0; i < before; i++) {
+                for (uint64_t i = 0; i < before; ++i) {
                     double norm = test_uniform(&state);
                     REQUIRE_OK(autoclip_history_push(history, norm));
                     model_push(&truth, norm);
                 }
-                for (uint64_t i = 0; i < count; i++) {
-                    norms[i] = test_uniform(&state) - 0.5;
-                }
+                for (uint64_t i = 0; i < count; ++i) norms[i] = test_uniform(&state) - 0.5;
                 REQUIRE_OK(autoclip_history_extend(history, norms, (size_t)count));
                 model_extend(&truth, norms, (size_t)count);
                 judge(history, &truth);
@@ -239,7 +220,7 @@ static void test_window_takes_arrays_of_every_length(void) {
 static void test_observe_many_takes_arrays_of_every_length(void) {
     static const uint64_t windows[] = {0, 1, 7, 300};
     static const double percentiles[2] = {10, 99.9};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
         for (size_t before = 0; before <= 600; before += 1 + before * 3) {
             for (size_t count = 0; count <= 600; count += 1 + count / 8) {
                 uint64_t state = before + count;
@@ -248,9 +229,7 @@ static void test_observe_many_takes_arrays_of_every_length(void) {
                 model truth;
                 double *norms = test_block((before + count) * sizeof(double));
                 double *thresholds = test_block(2 * count * sizeof(double));
-                for (size_t i = 0; i < before + count; i++) {
-                    norms[i] = test_uniform(&state);
-                }
+                for (size_t i = 0; i < before + count; ++i) norms[i] = test_uniform(&state);
                 test_now.seed = windows[w];
                 test_now.step = count;
                 heap_create(&own);
@@ -259,7 +238,7 @@ static void test_observe_many_takes_arrays_of_every_length(void) {
                 REQUIRE_OK(autoclip_history_extend(history, norms, before));
                 model_extend(&truth, norms, before);
                 REQUIRE_OK(autoclip_history_observe_many(history, norms + before, count, percentiles, 2, thresholds));
-                for (size_t i = 0; i < count; i++) {
+                for (size_t i = 0; i < count; ++i) {
                     model_push(&truth, norms[before + i]);
                     REQUIRE_SAME(model_percentile(&truth, percentiles[0]), thresholds[2 * i]);
                     REQUIRE_SAME(model_percentile(&truth, percentiles[1]), thresholds[2 * i + 1]);
@@ -279,7 +258,7 @@ static void test_observe_many_takes_arrays_of_every_length(void) {
 
 static void test_empty_history_takes_at_most_a_kilobyte(void) {
     static const uint64_t windows[] = {0, 1, 1000, 1000000000, UINT64_MAX};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
         heap own;
         autoclip_history *history;
         double norm = 1;
@@ -287,9 +266,7 @@ static void test_empty_history_takes_at_most_a_kilobyte(void) {
         REQUIRE_OK(autoclip_history_create(windows[w], &own.allocator, &history));
         REQUIRE(own.bytes <= 1024, "an empty history takes %" PRIu64 " bytes", own.bytes);
         uint64_t empty = own.bytes;
-        for (int i = 0; i < 3000; i++) {
-            REQUIRE_OK(autoclip_history_push(history, norm += 1));
-        }
+        for (int i = 0; i < 3000; ++i) REQUIRE_OK(autoclip_history_push(history, norm += 1));
         autoclip_history_clear(history);
         REQUIRE(own.bytes <= empty, "a cleared history takes %" PRIu64 " bytes, a new one %" PRIu64, own.bytes, empty);
         REQUIRE(autoclip_history_size(history) == 0, "clear left %" PRIu64 " norms", autoclip_history_size(history));
@@ -304,13 +281,11 @@ static void test_ascending_norms_are_not_sorted_again(void) {
     enum { COUNT = 1000 };
     static const double zeros[] = {0.5, 0.0, -0.0};
     uint64_t requests[sizeof zeros / sizeof *zeros];
-    for (size_t z = 0; z < sizeof zeros / sizeof *zeros; z++) {
+    for (size_t z = 0; z < sizeof zeros / sizeof *zeros; ++z) {
         heap own;
         autoclip_history *history;
         double norms[COUNT];
-        for (int i = 0; i < COUNT; i++) {
-            norms[i] = i < 3 ? -1 : i < 6 ? zeros[z] : 1 + i / 4;
-        }
+        for (int i = 0; i < COUNT; ++i) norms[i] = i < 3 ? -1 : i < 6 ? zeros[z] : 1 + i / 4;
         heap_create(&own);
         REQUIRE_OK(autoclip_history_create(0, &own.allocator, &history));
         heap_arm(&own, 0, false);
@@ -331,7 +306,7 @@ static void test_small_history_takes_at_most_four_kilobytes(void) {
     uint64_t state = 1;
     heap_create(&own);
     REQUIRE_OK(autoclip_history_create(0, &own.allocator, &history));
-    for (int i = 1; i <= 100; i++) {
+    for (int i = 1; i <= 100; ++i) {
         REQUIRE_OK(autoclip_history_push(history, test_uniform(&state)));
         REQUIRE(own.bytes <= 4096, "%d norms take %" PRIu64 " bytes", i, own.bytes);
     }
@@ -349,27 +324,23 @@ static void test_memory_per_norm_is_bounded(void) {
     static const double most[CASES] = {13, 8.6, 13, 13, 10.5, 8.6, 8.6, 8.6 + 13};
     uint64_t state = 4;
     double *norms = test_block(MILLION * sizeof(double));
-    for (int way = 0; way < CASES; way++) {
+    for (int way = 0; way < CASES; ++way) {
         heap own;
         autoclip_history *history;
         test_now.detail = names[way];
         heap_create(&own);
         REQUIRE_OK(autoclip_history_create(way == WINDOWED ? MILLION : 0, &own.allocator, &history));
-        for (int i = 0; i < MILLION; i++) {
+        for (int i = 0; i < MILLION; ++i) {
             double u = test_uniform(&state);
             norms[i] = way == ASCENDING ? i : way == DRIFTING ? (1 + u) / (1 + i * 1e-3) : u;
         }
-        if (way == OBSERVED) {
-            REQUIRE_OK(autoclip_history_observe_many(history, norms, MILLION, NULL, 0, NULL));
-        }
+        if (way == OBSERVED) REQUIRE_OK(autoclip_history_observe_many(history, norms, MILLION, NULL, 0, NULL));
         for (size_t done = 0; way == IN_PARTS && done < MILLION;) { /* the last is too small a part to rebuild for */
             size_t part = done < 801000 ? 267000 : MILLION - done;
             REQUIRE_OK(autoclip_history_extend(history, norms + done, part));
             done += part;
         }
-        if (way == EXTENDED || way == LOADED) {
-            REQUIRE_OK(autoclip_history_extend(history, norms, MILLION));
-        }
+        if (way == EXTENDED || way == LOADED) REQUIRE_OK(autoclip_history_extend(history, norms, MILLION));
         if (way == LOADED) {
             size_t size = autoclip_history_save_size(history);
             unsigned char *bytes = test_block(size);
@@ -378,10 +349,8 @@ static void test_memory_per_norm_is_bounded(void) {
             REQUIRE_OK(autoclip_history_load(bytes, size, &own.allocator, &history));
             free(bytes);
         }
-        for (int round = 0; round < (way == WINDOWED ? 2 : way <= DRIFTING ? 1 : 0); round++) {
-            for (int i = 0; i < MILLION; i++) {
-                REQUIRE_OK(autoclip_history_push(history, norms[i]));
-            }
+        for (int round = 0; round < (way == WINDOWED ? 2 : way <= DRIFTING ? 1 : 0); ++round) {
+            for (int i = 0; i < MILLION; ++i) REQUIRE_OK(autoclip_history_push(history, norms[i]));
         }
         const char *reason;
         REQUIRE_OK(autoclip_history_check(history, &reason));
@@ -401,14 +370,10 @@ static void test_large_history_grows_with_the_standard_allocator(void) {
     const char *reason = "";
     double norm;
     double *norms = test_block(LOADED * sizeof(double));
-    for (int i = 0; i < LOADED; i++) {
-        norms[i] = i;
-    }
+    for (int i = 0; i < LOADED; ++i) norms[i] = i;
     REQUIRE_OK(autoclip_history_create(0, NULL, &history));
     REQUIRE_OK(autoclip_history_extend(history, norms, LOADED));
-    for (int i = 0; i < PUSHED; i++) {
-        REQUIRE_OK(autoclip_history_push(history, LOADED + i));
-    }
+    for (int i = 0; i < PUSHED; ++i) REQUIRE_OK(autoclip_history_push(history, LOADED + i));
     REQUIRE(autoclip_history_check(history, &reason) == AUTOCLIP_OK, "%s", reason);
     for (int i = 0; i < LOADED + PUSHED; i += 9973) {
         REQUIRE_OK(autoclip_history_select(history, (uint64_t)i, &norm));

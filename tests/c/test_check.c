@@ -3,8 +3,7 @@
  *
  * The one test that looks inside: no call of autoclip.h can break an invariant, which is the point of having them.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "history.h"
 #include "test.h"
 
@@ -14,9 +13,7 @@ static autoclip_history *make(uint64_t window) {
     autoclip_history *history;
     uint64_t state = 1;
     REQUIRE_OK(autoclip_history_create(window, NULL, &history));
-    for (int i = 0; i < NORMS; i++) {
-        REQUIRE_OK(autoclip_history_push(history, 1 + test_uniform(&state)));
-    }
+    for (int i = 0; i < NORMS; ++i) REQUIRE_OK(autoclip_history_push(history, 1 + test_uniform(&state)));
     REQUIRE(history->tree.height >= 2, "the tree has %u inner levels", history->tree.height);
     REQUIRE(history->buffered > 0, "nothing is buffered");
     REQUIRE(history->buffer_capacity <= HISTORY_BUFFER, "the buffer grew to %zu norms", history->buffer_capacity);
@@ -38,7 +35,7 @@ static void require_broken(const autoclip_history *history, void *place, const v
     memcpy(place, before, size);
     REQUIRE_OK(autoclip_history_check(history, &reason));
     REQUIRE(reason[0] == '\0', "the check says '%s'", reason);
-    breaks++;
+    breaks += 1;
 }
 
 #define BREAK(history, type, place, value, sentence)                                                                   \
@@ -47,9 +44,7 @@ static void require_broken(const autoclip_history *history, void *place, const v
 static void break_nodes(autoclip_history *history) {
     ostree_inner *root = &history->tree.root->inner;
     ostree_inner *parent = root; /* of the first leaf */
-    for (unsigned level = history->tree.height; level > 1; level--) {
-        parent = &parent->child[0]->inner;
-    }
+    for (unsigned level = history->tree.height; level > 1; level--) parent = &parent->child[0]->inner;
     double *keys = parent->child[0]->keys;
     double *next = parent->child[1]->keys;
     BREAK(history, double, keys[1], (double)INFINITY, "every norm is finite");
@@ -125,7 +120,7 @@ static void test_tree_alone_erases_up_to_the_first_key_that_is_not_there(void) {
         size_t erased;
     } cases[] = {{{0.5, 1, 2, 3}, 0}, {{2.5, 3, 3, 3}, 0}, {{9, 9, 9, 9}, 0},
                  {{1, 1, 2, 3}, 1},   {{3, 3, 3, 3}, 3},   {{2, 3, 3.5, 4}, 2}};
-    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; ++c) {
         heap own;
         heap_create(&own);
         struct memory memory = autoclip_memory_from(&own.allocator);
@@ -149,9 +144,7 @@ static void test_tree_alone_erases_up_to_the_first_key_that_is_not_there(void) {
 
 static bool read_ascending(void *source, double *keys, size_t count) {
     double *next = source;
-    for (size_t i = 0; i < count; i++) {
-        keys[i] = (*next)++;
-    }
+    for (size_t i = 0; i < count; ++i) keys[i] = (*next)++;
     return true;
 }
 
@@ -179,7 +172,7 @@ static void test_tree_alone_asks_for_memory_only_when_it_lacks_nodes(void) {
     ostree tree;
     autoclip_tree_init(&tree, &memory);
     uint64_t state = 1;
-    for (int i = 0; i < 100 * OSTREE_LEAF; i++) {
+    for (int i = 0; i < 100 * OSTREE_LEAF; ++i) {
         const double key = test_uniform(&state);
         heap_arm(&own, 1, true);
         if (autoclip_tree_insert(&tree, &key, 1) == 0) { /* to make room for a key takes two nodes at a time */

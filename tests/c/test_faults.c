@@ -4,24 +4,21 @@
  * may succeed; and one function at a time, each refusal on a fresh history, with the result of an undisturbed run as
  * the truth. The refusals are counted: a sweep without any tests nothing, and fails.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "stream.h"
 
 static void test_stream_survives_every_refusal(void) {
     static const uint64_t windows[] = {0, 1, 3, 7, 13, 50, 1000};
     uint64_t faults = 0;
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
-        for (int kind = 0; kind < VALUES_KINDS; kind++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
+        for (int kind = 0; kind < VALUES_KINDS; ++kind) {
             stream own;
             source from = {NULL, 0, 0, 500 * (uint64_t)kind + windows[w]};
             test_now.seed = from.state;
             test_now.step = 0;
             stream_create(&own, windows[w], (enum values)kind, from);
             own.faulty = true;
-            for (int i = 0; i < 300; i++) {
-                stream_step(&own);
-            }
+            for (int i = 0; i < 300; ++i) stream_step(&own);
             faults += own.heap.all_faults;
             stream_destroy(&own);
         }
@@ -71,9 +68,7 @@ static autoclip_status call_extend_few(subject *own) { return autoclip_history_e
 static autoclip_status call_extend(subject *own) { return autoclip_history_extend(own->history, own->norms, EXTRA); }
 static autoclip_status call_extend_ascending(subject *own) {
     double ascending[EXTRA];
-    for (size_t i = 0; i < EXTRA; i++) {
-        ascending[i] = (double)i;
-    }
+    for (size_t i = 0; i < EXTRA; ++i) ascending[i] = (double)i;
     return autoclip_history_extend(own->history, ascending, EXTRA);
 }
 static autoclip_status call_observe(subject *own) {
@@ -135,16 +130,12 @@ static void subject_create(subject *own, uint64_t window, size_t count) {
     heap_create(&own->other_heap);
     REQUIRE_OK(autoclip_history_create(window, &own->heap.allocator, &own->history));
     REQUIRE_OK(autoclip_history_create(0, &own->other_heap.allocator, &own->other));
-    for (size_t i = 0; i < count; i++) {
-        REQUIRE_OK(autoclip_history_push(own->history, test_uniform(&state)));
-    }
-    for (size_t i = 0; i < EXTRA; i++) {
+    for (size_t i = 0; i < count; ++i) REQUIRE_OK(autoclip_history_push(own->history, test_uniform(&state)));
+    for (size_t i = 0; i < EXTRA; ++i) {
         own->norms[i] = test_uniform(&state);
         REQUIRE_OK(autoclip_history_push(own->other, own->norms[i] + 1));
     }
-    for (size_t i = 0; i < RESULTS; i++) {
-        own->results[i] = SENTINEL;
-    }
+    for (size_t i = 0; i < RESULTS; ++i) own->results[i] = SENTINEL;
     own->number = SENTINEL_SIZE;
     /* of a clone: nothing in the history itself moves */
     autoclip_history *clone;
@@ -188,7 +179,7 @@ static void sweep(action *what, uint64_t window, size_t count) {
     subject_create(&calm, window, count);
     REQUIRE_OK(what->call(&calm));
     subject_save(calm.history, &after, &after_size);
-    for (uint64_t attempt = 0;; attempt++) {
+    for (uint64_t attempt = 0;; ++attempt) {
         subject own;
         test_now.step = attempt;
         subject_create(&own, window, count);
@@ -202,9 +193,7 @@ static void sweep(action *what, uint64_t window, size_t count) {
             REQUIRE(status == AUTOCLIP_NO_MEMORY && faults > 0, "status is %d after %" PRIu64 " refusals", (int)status,
                     faults);
             REQUIRE(own.made == NULL && own.number == SENTINEL_SIZE, "a result was written");
-            for (size_t i = 0; i < RESULTS; i++) {
-                REQUIRE_SAME(SENTINEL, own.results[i]);
-            }
+            for (size_t i = 0; i < RESULTS; ++i) REQUIRE_SAME(SENTINEL, own.results[i]);
             /* What was obtained before the refusal may stay, as room for the next call; but it is counted. */
             uint64_t now = autoclip_history_memory(own.history);
             REQUIRE(now == own.heap.bytes, "memory is %" PRIu64 ", the heap counts %" PRIu64, now, own.heap.bytes);
@@ -217,20 +206,14 @@ static void sweep(action *what, uint64_t window, size_t count) {
             REQUIRE_OK(what->call(&own));
         }
         require_snapshot(own.history, after, after_size);
-        for (size_t i = 0; i < RESULTS; i++) {
-            REQUIRE_SAME(calm.results[i], own.results[i]);
-        }
-        if (own.made != NULL && what->call != call_create) {
-            require_snapshot(own.made, own.snapshot, own.snapshot_size);
-        }
+        for (size_t i = 0; i < RESULTS; ++i) REQUIRE_SAME(calm.results[i], own.results[i]);
+        if (own.made != NULL && what->call != call_create) require_snapshot(own.made, own.snapshot, own.snapshot_size);
         REQUIRE(own.number == calm.number, "%" PRIu64 " should be %" PRIu64, own.number, calm.number);
         uint64_t held = autoclip_history_memory(own.history);
         held += own.made != NULL ? autoclip_history_memory(own.made) : 0;
         REQUIRE(held == own.heap.bytes, "memory is %" PRIu64 ", the heap counts %" PRIu64, held, own.heap.bytes);
         subject_destroy(&own);
-        if (faults == 0) {
-            break;
-        }
+        if (faults == 0) break;
     }
     subject_destroy(&calm);
     free(after);
@@ -261,12 +244,10 @@ static void test_every_function_survives_every_refusal(void) {
     };
     static const uint64_t windows[] = {0, 1, 5, 64, 700};
     uint64_t faults = 0;
-    for (size_t a = 0; a < sizeof actions / sizeof *actions; a++) {
+    for (size_t a = 0; a < sizeof actions / sizeof *actions; ++a) {
         action *what = &actions[a];
-        for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
-            if (what->no_window && windows[w] > 0) {
-                continue;
-            }
+        for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
+            if (what->no_window && windows[w] > 0) continue;
             /* small sizes one by one, then ever fewer: a push needs memory only now and then */
             for (size_t count = what->needs_norms ? 1 : 0; count < LARGEST; count += 1 + count / 10) {
                 sweep(what, windows[w], count);

@@ -1,7 +1,6 @@
 /* Random streams of every operation, judged by the model; and the model itself, judged by numpy and by XXH64's authors.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "stream.h"
 
 static void test_model_agrees_with_numpy(void) {
@@ -28,7 +27,7 @@ static void test_model_agrees_with_numpy(void) {
         {7, 99.999, 0x1.f41ed959a3095p+9}, {7, 99.99999999999999, 0x1.f42666666665ep+9},
         {7, 100, 0x1.f426666666666p+9},
     };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+    for (size_t i = 0; i < sizeof known / sizeof *known; ++i) {
         model truth;
         autoclip_history *history;
         double threshold;
@@ -54,7 +53,7 @@ static void test_model_computes_xxh64(void) {
         {"abc", UINT64_C(0x44BC2CF5AD770999)},
         {"Nobody inspects the spammish repetition", UINT64_C(0xFBCEA83C8A378BF1)},
     };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+    for (size_t i = 0; i < sizeof known / sizeof *known; ++i) {
         uint64_t hash = xxh64((const unsigned char *)known[i].text, strlen(known[i].text));
         REQUIRE(hash == known[i].hash, "XXH64 of '%s' is %016" PRIX64, known[i].text, hash);
     }
@@ -62,16 +61,14 @@ static void test_model_computes_xxh64(void) {
 
 static void test_history_follows_the_model_on_random_streams(void) {
     static const uint64_t windows[] = {0, 1, 2, 3, 7, 50, 1000};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
-        for (int kind = 0; kind < VALUES_KINDS; kind++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
+        for (int kind = 0; kind < VALUES_KINDS; ++kind) {
             stream own;
             source from = {NULL, 0, 0, 1000 * (uint64_t)kind + windows[w]};
             test_now.seed = from.state;
             test_now.step = 0;
             stream_create(&own, windows[w], (enum values)kind, from);
-            for (int i = 0; i < 400; i++) {
-                stream_step(&own);
-            }
+            for (int i = 0; i < 400; ++i) stream_step(&own);
             stream_destroy(&own);
         }
     }
@@ -97,19 +94,19 @@ static void test_percentile_agrees_at_every_size(void) {
                                          99.99999,
                                          0x1.8ffffffffffffp+6,
                                          100};
-    for (int kind = 0; kind < VALUES_ANY_BITS; kind++) {
+    for (int kind = 0; kind < VALUES_ANY_BITS; ++kind) {
         source from = {NULL, 0, 0, (uint64_t)kind};
         autoclip_history *history;
         model truth;
         test_now.detail = values_name[kind];
         model_create(&truth, 0);
         REQUIRE_OK(autoclip_history_create(0, NULL, &history));
-        for (uint64_t i = 0; i < 700; i++) {
+        for (uint64_t i = 0; i < 700; ++i) {
             double norm = values_draw((enum values)kind, i, &from);
             test_now.step = i;
             REQUIRE_OK(autoclip_history_push(history, norm));
             model_push(&truth, norm);
-            for (size_t j = 0; j < sizeof percentiles / sizeof *percentiles; j++) {
+            for (size_t j = 0; j < sizeof percentiles / sizeof *percentiles; ++j) {
                 double threshold = SENTINEL;
                 REQUIRE_OK(autoclip_history_percentile(history, percentiles[j], &threshold));
                 REQUIRE_SAME(model_percentile(&truth, percentiles[j]), threshold);
@@ -126,14 +123,14 @@ static void test_observe_follows_the_model_on_long_runs(void) {
     static const uint64_t windows[] = {0, 5000};
     static const enum values kinds[] = {VALUES_RANDOM,    VALUES_DRIFTING,   VALUES_SAW_TOOTH,
                                         VALUES_ASCENDING, VALUES_DESCENDING, VALUES_TWO};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
-        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; ++k) {
             source from = {NULL, 0, 0, 77 + k};
             stream own;
             double percentile = 10;
             test_now.seed = from.state;
             stream_create(&own, windows[w], kinds[k], from);
-            for (uint64_t i = 0; i < 15000; i++) {
+            for (uint64_t i = 0; i < 15000; ++i) {
                 double norm = values_draw(kinds[k], i, &own.source);
                 double threshold = SENTINEL;
                 test_now.step = i;
@@ -148,9 +145,7 @@ static void test_observe_follows_the_model_on_long_runs(void) {
                     stream_rank(&own);
                     stream_percentile(&own);
                 }
-                if (i % 500 == 0) {
-                    stream_judge(&own);
-                }
+                if (i % 500 == 0) stream_judge(&own);
             }
             stream_judge(&own);
             stream_destroy(&own);
@@ -160,16 +155,16 @@ static void test_observe_follows_the_model_on_long_runs(void) {
 
 /* rank(select(r)) is the first rank of an equal norm, and select(rank(x)) is x, for every r. */
 static void test_rank_and_select_are_inverses(void) {
-    for (int kind = 0; kind < VALUES_ANY_BITS; kind++) {
+    for (int kind = 0; kind < VALUES_ANY_BITS; ++kind) {
         source from = {NULL, 0, 0, (uint64_t)kind};
         autoclip_history *history;
         test_now.detail = values_name[kind];
         REQUIRE_OK(autoclip_history_create(0, NULL, &history));
-        for (uint64_t i = 0; i < 1500; i++) {
+        for (uint64_t i = 0; i < 1500; ++i) {
             REQUIRE_OK(autoclip_history_push(history, values_draw((enum values)kind, i, &from)));
         }
         double before = (double)-INFINITY;
-        for (uint64_t rank = 0; rank < 1500; rank++) {
+        for (uint64_t rank = 0; rank < 1500; ++rank) {
             double norm;
             double again;
             uint64_t first;

@@ -1,7 +1,6 @@
 /* Shared histories: each function does what its namesake does, ids are never used twice, and threads and forks do no harm.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #if !defined(_WIN32)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -79,7 +78,7 @@ static void test_shared_functions_do_what_their_namesakes_do(void) {
         model_create(&truth, window);
         judge_shared(id, &truth);
         REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_shared_percentile(id, 50, &value));
-        for (int i = 0; i < 10; i++) {
+        for (int i = 0; i < 10; ++i) {
             REQUIRE_OK(autoclip_shared_push(id, i * 3 % 7));
             model_push(&truth, i * 3 % 7);
         }
@@ -91,7 +90,7 @@ static void test_shared_functions_do_what_their_namesakes_do(void) {
         model_push(&truth, 2.5);
         REQUIRE_SAME(model_percentile(&truth, 10), value);
         REQUIRE_OK(autoclip_shared_observe_many(id, more, 4, percentiles, 2, values));
-        for (size_t i = 0; i < 4; i++) {
+        for (size_t i = 0; i < 4; ++i) {
             model_push(&truth, more[i]);
             REQUIRE_SAME(model_percentile(&truth, 10), values[2 * i]);
             REQUIRE_SAME(model_percentile(&truth, 99), values[2 * i + 1]);
@@ -115,9 +114,7 @@ static void test_shared_functions_do_what_their_namesakes_do(void) {
         }
         REQUIRE_OK(autoclip_shared_values(id, values, COUNT(values), &size));
         REQUIRE(size == truth.count, "values gave %zu", size);
-        for (size_t i = 0; i < size; i++) {
-            REQUIRE_SAME(truth.sorted[i], values[i]);
-        }
+        for (size_t i = 0; i < size; ++i) REQUIRE_SAME(truth.sorted[i], values[i]);
         REQUIRE_OK(autoclip_shared_memory(id, &number));
         REQUIRE(number > 0, "no memory is counted");
 
@@ -183,7 +180,7 @@ static void test_steps_follow_one_another(void) {
         double threshold = SENTINEL;
         model truth;
         model_create(&truth, window);
-        for (uint64_t step = 0; step < 40; step++) {
+        for (uint64_t step = 0; step < 40; ++step) {
             take_step(id, &truth, step, (double)(step * 7 % 11));
             judge_shared(id, &truth);
         }
@@ -211,10 +208,10 @@ static void test_step_that_is_taken_again_counts_once(void) {
     double thresholds[20];
     double again;
     model_create(&truth, 0);
-    for (uint64_t step = 0; step < 20; step++) {
+    for (uint64_t step = 0; step < 20; ++step) {
         take_step(id, &truth, step, (double)(step * 7 % 11));
         thresholds[step] = model_percentile(&truth, 30);
-        for (uint64_t old = 0; old <= step; old++) {
+        for (uint64_t old = 0; old <= step; ++old) {
             REQUIRE_OK(autoclip_shared_observe_step(id, old, -1, (double)(old * 7 % 11), 30, &again));
             REQUIRE_SAME(thresholds[old], again);
         }
@@ -234,14 +231,14 @@ static void test_step_that_is_taken_again_counts_once(void) {
 
 /* The outcome of a step is thrown away, and the step is taken again from where it began: any one may be kept. */
 static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
-    for (size_t kept = 0; kept < 4; kept++) {
+    for (size_t kept = 0; kept < 4; ++kept) {
         uint64_t id = make(0);
         model truth;
         double threshold;
         model_create(&truth, 0);
-        for (uint64_t step = 0; step < 600; step++) { /* through the buffer into the tree */
+        for (uint64_t step = 0; step < 600; ++step) { /* through the buffer into the tree */
             const double previous = step > 0 ? truth.aged[truth.count - 1] : 0;
-            for (size_t attempt = 0; attempt < 4; attempt++) {
+            for (size_t attempt = 0; attempt < 4; ++attempt) {
                 const double norm = (double)((step * 31 + attempt * 17) % 101);
                 REQUIRE_OK(autoclip_shared_observe_step(id, step, previous, norm, 50, &threshold));
                 if (attempt == kept) {
@@ -295,7 +292,7 @@ static void test_percentile_of_a_step_is_that_of_its_outcome(void) {
 static void test_clear_forgets_the_steps(void) {
     uint64_t id = make(0);
     double threshold = SENTINEL;
-    for (uint64_t step = 0; step < 3; step++) {
+    for (uint64_t step = 0; step < 3; ++step) {
         REQUIRE_OK(autoclip_shared_observe_step(id, step, (double)step, (double)step + 1, 50, &threshold));
     }
     REQUIRE_OK(autoclip_shared_clear(id));
@@ -367,9 +364,7 @@ static void require_unknown(uint64_t id) {
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_observe_step(id, 0, 1, 1, 50, values));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_percentile_step(id, 0, 1, 50, values));
     REQUIRE(number == SENTINEL_ID && size == 77 && bytes[0] == 7, "a result was written");
-    for (size_t i = 0; i < COUNT(values); i++) {
-        REQUIRE_SAME(SENTINEL, values[i]);
-    }
+    for (size_t i = 0; i < COUNT(values); ++i) REQUIRE_SAME(SENTINEL, values[i]);
     REQUIRE_OK(autoclip_shared_size(known, &number));
     REQUIRE(number == 1, "the other history of a merge has %" PRIu64 " norms", number);
     REQUIRE_OK(autoclip_shared_destroy(known));
@@ -387,7 +382,7 @@ static void test_unknown_ids_are_refused_by_every_function(void) {
     require_unknown(id + 1);
     require_unknown(id + (UINT64_C(1) << 32));
     REQUIRE_OK(autoclip_shared_destroy(id));
-    for (uint64_t later = 1; later < 4; later++) { /* guessed ids of histories that may come here one day */
+    for (uint64_t later = 1; later < 4; ++later) { /* guessed ids of histories that may come here one day */
         REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_push(id + (later << 32), 1));
     }
     require_unknown(id);
@@ -405,24 +400,20 @@ static int compare_ids(const void *first, const void *second) {
 
 static void require_distinct(uint64_t *ids, size_t count) {
     qsort(ids, count, sizeof *ids, compare_ids);
-    for (size_t i = 1; i < count; i++) {
-        REQUIRE(ids[i - 1] != ids[i], "id %" PRIu64 " was used twice", ids[i]);
-    }
+    for (size_t i = 1; i < count; ++i) REQUIRE(ids[i - 1] != ids[i], "id %" PRIu64 " was used twice", ids[i]);
 }
 
 static void test_ids_are_never_used_twice(void) {
     enum { ROUNDS = 3000 };
     static uint64_t ids[ROUNDS];
     uint64_t unused = 0;
-    for (size_t i = 0; i < ROUNDS; i++) {
+    for (size_t i = 0; i < ROUNDS; ++i) {
         ids[i] = make(i % 3);
         REQUIRE((int64_t)ids[i] > 0, "id %" PRIu64 " does not fit into a signed integer", ids[i]);
         REQUIRE_OK(autoclip_shared_push(ids[i], (double)i));
-        if (i % 7 != 0) {
-            REQUIRE_OK(autoclip_shared_destroy(ids[i]));
-        }
+        if (i % 7 != 0) REQUIRE_OK(autoclip_shared_destroy(ids[i]));
     }
-    for (size_t i = 0; i < ROUNDS; i++) {
+    for (size_t i = 0; i < ROUNDS; ++i) {
         autoclip_status status = autoclip_shared_size(ids[i], &unused);
         REQUIRE(status == (i % 7 != 0 ? AUTOCLIP_NO_HISTORY : AUTOCLIP_OK), "status of id %zu is %d", i, (int)status);
         if (i % 7 == 0) {
@@ -448,7 +439,7 @@ void *__wrap_malloc(size_t size);
 
 void *__wrap_malloc(size_t size) {
     if (malloc_fails_at != 0 && ++malloc_calls == malloc_fails_at) {
-        malloc_faults++;
+        malloc_faults += 1;
         return NULL;
     }
     return __real_malloc(size);
@@ -459,7 +450,7 @@ int __wrap_posix_memalign(void **block, size_t alignment, size_t size);
 
 int __wrap_posix_memalign(void **block, size_t alignment, size_t size) {
     if (malloc_fails_at != 0 && ++malloc_calls == malloc_fails_at) {
-        malloc_faults++;
+        malloc_faults += 1;
         return 12; /* ENOMEM */
     }
     return __real_posix_memalign(block, alignment, size);
@@ -499,17 +490,13 @@ static autoclip_status fail_load(uint64_t id, uint64_t *made) {
 static autoclip_status fail_extend(uint64_t id, uint64_t *made) {
     double norms[300];
     (void)made;
-    for (size_t i = 0; i < COUNT(norms); i++) {
-        norms[i] = -(double)i;
-    }
+    for (size_t i = 0; i < COUNT(norms); ++i) norms[i] = -(double)i;
     return autoclip_shared_extend(id, norms, COUNT(norms));
 }
 static autoclip_status fail_extend_hugely(uint64_t id, uint64_t *made) {
     static double norms[300000]; /* more than a huge page */
     (void)made;
-    for (size_t i = 0; i < COUNT(norms); i++) {
-        norms[i] = -(double)i;
-    }
+    for (size_t i = 0; i < COUNT(norms); ++i) norms[i] = -(double)i;
     return autoclip_shared_extend(id, norms, COUNT(norms));
 }
 static autoclip_status fail_merge(uint64_t id, uint64_t *made) {
@@ -529,26 +516,24 @@ static void test_shared_functions_survive_every_refusal(void) {
     enum { KEPT = 1000 };
     static uint64_t kept[KEPT];
     uint64_t faults = 0;
-    for (size_t c = 0; c < COUNT(calls); c++) {
-        for (size_t round = 0; round < (c == 0 ? KEPT : 1); round++) {
+    for (size_t c = 0; c < COUNT(calls); ++c) {
+        for (size_t round = 0; round < (c == 0 ? KEPT : 1); ++round) {
             uint64_t made = SENTINEL_ID;
             uint64_t id = make(0);
             model truth;
             model_create(&truth, 0);
-            for (int i = 0; i < 20; i++) {
+            for (int i = 0; i < 20; ++i) {
                 REQUIRE_OK(autoclip_shared_push(id, i));
                 model_push(&truth, i);
             }
-            for (uint64_t attempt = 1;; attempt++) {
+            for (uint64_t attempt = 1;; ++attempt) {
                 malloc_calls = 0;
                 malloc_faults = 0;
                 malloc_fails_at = attempt;
                 autoclip_status status = calls[c](id, &made);
                 malloc_fails_at = 0;
                 faults += malloc_faults;
-                if (status == AUTOCLIP_OK) {
-                    break;
-                }
+                if (status == AUTOCLIP_OK) break;
                 REQUIRE(status == AUTOCLIP_NO_MEMORY && malloc_faults > 0, "status is %d", (int)status);
                 REQUIRE(made == SENTINEL_ID, "an id was written");
                 judge_shared(id, &truth);
@@ -565,9 +550,7 @@ static void test_shared_functions_survive_every_refusal(void) {
             model_destroy(&truth);
         }
     }
-    for (size_t i = 0; i < KEPT; i++) {
-        REQUIRE_OK(autoclip_shared_destroy(kept[i]));
-    }
+    for (size_t i = 0; i < KEPT; ++i) REQUIRE_OK(autoclip_shared_destroy(kept[i]));
     printf("  %" PRIu64 " allocations refused\n", faults);
     REQUIRE(faults > 0, "no allocation was refused");
 }
@@ -595,7 +578,7 @@ typedef struct worker {
 } worker;
 
 static void run_workers(worker *workers, size_t count, void *(*work)(void *), uint64_t id, uint64_t other) {
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; ++i) {
         workers[i].number = i;
         workers[i].id = id;
         workers[i].other = other;
@@ -604,15 +587,13 @@ static void run_workers(worker *workers, size_t count, void *(*work)(void *), ui
 }
 
 static void join_workers(worker *workers, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        REQUIRE(pthread_join(workers[i].thread, NULL) == 0, "no join");
-    }
+    for (size_t i = 0; i < count; ++i) REQUIRE(pthread_join(workers[i].thread, NULL) == 0, "no join");
 }
 
 static void *push_and_ask(void *context) {
     worker *own = context;
     uint64_t before = 0;
-    for (uint64_t i = 0; i < PUSHES; i++) {
+    for (uint64_t i = 0; i < PUSHES; ++i) {
         double threshold;
         double norm = (double)(own->number * PUSHES + (i * 7919 + 13) % PUSHES);
         uint64_t size;
@@ -633,9 +614,7 @@ static void *push_and_ask(void *context) {
         REQUIRE_OK(autoclip_shared_rank(own->id, norm, &rank));
         REQUIRE(rank < THREADS * PUSHES, "a torn rank: %" PRIu64, rank);
         REQUIRE_OK(autoclip_shared_select(own->id, size / 2, &threshold));
-        if (i % 100 == 0) {
-            require_sound(own->id);
-        }
+        if (i % 100 == 0) require_sound(own->id);
     }
     return NULL;
 }
@@ -649,7 +628,7 @@ static void test_eight_threads_share_one_history(void) {
     join_workers(workers, THREADS);
     REQUIRE_OK(autoclip_shared_values(id, norms, THREADS * PUSHES, &count));
     REQUIRE(count == THREADS * PUSHES, "%zu of %d norms are left", count, THREADS * PUSHES);
-    for (size_t i = 0; i < count; i++) { /* each thread brought each of its numbers once */
+    for (size_t i = 0; i < count; ++i) { /* each thread brought each of its numbers once */
         REQUIRE_SAME((double)i, norms[i]);
     }
     require_sound(id);
@@ -659,22 +638,20 @@ static void test_eight_threads_share_one_history(void) {
 
 static void *create_and_destroy(void *context) {
     worker *own = context;
-    for (uint64_t i = 0; i < ROUNDS; i++) {
+    for (uint64_t i = 0; i < ROUNDS; ++i) {
         uint64_t id = make(i % 2 ? 0 : 16);
         uint64_t twin;
         uint64_t size;
         double norm;
         own->made[i] = id;
-        for (uint64_t j = 0; j < 40; j++) {
-            REQUIRE_OK(autoclip_shared_push(id, (double)own->number + 0.5));
-        }
+        for (uint64_t j = 0; j < 40; ++j) REQUIRE_OK(autoclip_shared_push(id, (double)own->number + 0.5));
         REQUIRE_OK(autoclip_shared_push(own->id, (double)i));
         REQUIRE_OK(autoclip_shared_clone(id, &twin));
         REQUIRE_OK(autoclip_shared_destroy(id));
         REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_push(id, 1));
         REQUIRE_OK(autoclip_shared_size(twin, &size));
         REQUIRE(size == (i % 2 ? 40 : 16), "%" PRIu64 " norms", size);
-        for (uint64_t rank = 0; rank < size; rank++) { /* nobody else's norm came in */
+        for (uint64_t rank = 0; rank < size; ++rank) { /* nobody else's norm came in */
             REQUIRE_OK(autoclip_shared_select(twin, rank, &norm));
             REQUIRE_SAME((double)own->number + 0.5, norm);
         }
@@ -690,9 +667,7 @@ static void test_histories_come_and_go_on_eight_threads(void) {
     uint64_t size;
     run_workers(workers, THREADS, create_and_destroy, common, 0);
     join_workers(workers, THREADS);
-    for (size_t i = 0; i < THREADS; i++) {
-        memcpy(ids + i * ROUNDS, workers[i].made, sizeof workers[i].made);
-    }
+    for (size_t i = 0; i < THREADS; ++i) memcpy(ids + i * ROUNDS, workers[i].made, sizeof workers[i].made);
     require_distinct(ids, COUNT(ids));
     REQUIRE_OK(autoclip_shared_size(common, &size));
     REQUIRE(size == THREADS * ROUNDS, "%" PRIu64 " norms", size);
@@ -706,25 +681,21 @@ static void *use_until_gone(void *context) {
         double threshold;
         autoclip_status status = own->number % 2 ? autoclip_shared_observe(own->id, 1, 50, &threshold)
                                                  : autoclip_shared_merge(own->other, own->id);
-        if (status == AUTOCLIP_NO_HISTORY) {
-            return NULL;
-        }
+        if (status == AUTOCLIP_NO_HISTORY) return NULL;
         REQUIRE(status == AUTOCLIP_OK, "status is %d", (int)status);
         REQUIRE_OK(autoclip_shared_clear(own->other));
-        own->done++;
+        own->done += 1;
     }
 }
 
 static void test_history_may_be_destroyed_under_its_users(void) {
-    for (int round = 0; round < 20; round++) {
+    for (int round = 0; round < 20; ++round) {
         static worker workers[4];
         uint64_t id = make(50);
         uint64_t other = make(0);
         uint64_t size = 0;
         run_workers(workers, 4, use_until_gone, id, other);
-        while (size < 50) {
-            REQUIRE_OK(autoclip_shared_size(id, &size));
-        }
+        while (size < 50) REQUIRE_OK(autoclip_shared_size(id, &size));
         REQUIRE_OK(autoclip_shared_destroy(id));
         join_workers(workers, 4);
         require_sound(other);
@@ -736,7 +707,7 @@ static void *merge_both_ways(void *context) {
     worker *own = context;
     uint64_t to = own->number % 2 ? own->id : own->other;
     uint64_t from = own->number % 2 ? own->other : own->id;
-    for (int i = 0; i < 10000; i++) { /* quick ones: what could lock up lies between two locks, not in the merge */
+    for (int i = 0; i < 10000; ++i) { /* quick ones: what could lock up lies between two locks, not in the merge */
         REQUIRE_OK(autoclip_shared_push(from, 1));
         REQUIRE_OK(autoclip_shared_merge(to, from));
         REQUIRE_OK(autoclip_shared_clear(to));
@@ -759,7 +730,7 @@ static void test_merges_in_both_directions_do_not_lock_up(void) {
 static void *use_a_while(void *context) {
     worker *own = context;
     uint64_t forks = UINT64_MAX;
-    for (uint64_t i = 0; forks > 0; i++) {
+    for (uint64_t i = 0; forks > 0; ++i) {
         double threshold;
         uint64_t id = make(0);
         REQUIRE_OK(autoclip_shared_observe(own->id, (double)(i % 100), 50, &threshold));
@@ -778,14 +749,12 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
     uint64_t more[MORE] = {0};
     /* A thread sanitizer bears no thread with more than 64 locks. */
     const size_t more_count = TEST_THREAD_SANITIZER ? 0 : MORE;
-    for (size_t i = 0; i < more_count; i++) {
-        more[i] = make(0);
-    }
+    for (size_t i = 0; i < more_count; ++i) more[i] = make(0);
     uint64_t busy = make(0);
     REQUIRE_OK(autoclip_shared_push(busy, 1));
     REQUIRE_OK(autoclip_shared_push(id, 1));
     run_workers(workers, 3, use_a_while, id, busy);
-    for (int i = 0; i < FORKS; i++) {
+    for (int i = 0; i < FORKS; ++i) {
         pid_t child = fork();
         REQUIRE(child >= 0, "no fork");
         if (child == 0) {
@@ -799,9 +768,7 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
             REQUIRE_OK(autoclip_shared_size(id, &size));
             require_sound(id);
             require_sound(busy);
-            for (size_t j = 0; j < more_count; j++) {
-                REQUIRE_OK(autoclip_shared_push(more[j], 1));
-            }
+            for (size_t j = 0; j < more_count; ++j) REQUIRE_OK(autoclip_shared_push(more[j], 1));
             REQUIRE_OK(autoclip_shared_clear(busy));
             REQUIRE_OK(autoclip_shared_destroy(id));
             _exit(0);
@@ -818,7 +785,7 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
     REQUIRE_OK(autoclip_shared_size(id, &size));
     REQUIRE_OK(autoclip_shared_rank(id, 1e299, &rank));
     REQUIRE(rank == size, "a norm of a child came back");
-    for (size_t i = 0; i < more_count; i++) {
+    for (size_t i = 0; i < more_count; ++i) {
         REQUIRE_OK(autoclip_shared_size(more[i], &size));
         REQUIRE(size == 0, "a norm of a child came back");
         REQUIRE_OK(autoclip_shared_destroy(more[i]));

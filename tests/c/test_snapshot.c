@@ -2,8 +2,7 @@
  *
  * The bytes are written here from the description, with a checksum of our own, so that sealed lies reach the reader.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "stream.h"
 
 static const double five_norms[5] = {0x1p-1074, 0.5, 0.5, 3, 1e308};
@@ -39,14 +38,12 @@ static void require_loads(const unsigned char *bytes, size_t size, const model *
 
 static void test_snapshot_round_trip_keeps_every_byte(void) {
     static const uint64_t windows[] = {0, 1, 4, 100, 1000000, UINT64_MAX};
-    for (size_t w = 0; w < sizeof windows / sizeof *windows; w++) {
+    for (size_t w = 0; w < sizeof windows / sizeof *windows; ++w) {
         for (size_t count = 0; count < 1500; count += 1 + count / 8) {
             uint64_t state = count;
             model truth;
             model_create(&truth, windows[w]);
-            for (size_t i = 0; i < count; i++) {
-                model_push(&truth, test_uniform(&state) - 0.25);
-            }
+            for (size_t i = 0; i < count; ++i) model_push(&truth, test_uniform(&state) - 0.25);
             size_t size = SNAPSHOT_SIZE(truth.count);
             unsigned char *bytes = test_block(size);
             test_now.step = count;
@@ -61,7 +58,7 @@ static void test_snapshot_round_trip_keeps_every_byte(void) {
 /* A loaded window goes on exactly where the saved one stood. */
 static void test_snapshot_of_a_window_continues(void) {
     uint64_t state = 5;
-    for (size_t count = 0; count < 40; count++) {
+    for (size_t count = 0; count < 40; ++count) {
         heap own;
         autoclip_history *history;
         autoclip_history *loaded;
@@ -72,14 +69,14 @@ static void test_snapshot_of_a_window_continues(void) {
         heap_create(&own);
         model_create(&truth, 16);
         REQUIRE_OK(autoclip_history_create(16, &own.allocator, &history));
-        for (size_t i = 0; i < count; i++) {
+        for (size_t i = 0; i < count; ++i) {
             double norm = test_uniform(&state);
             REQUIRE_OK(autoclip_history_push(history, norm));
             model_push(&truth, norm);
         }
         REQUIRE_OK(autoclip_history_save(history, bytes, sizeof bytes, &size));
         REQUIRE_OK(autoclip_history_load(bytes, size, &own.allocator, &loaded));
-        for (size_t i = 0; i < 50; i++) {
+        for (size_t i = 0; i < 50; ++i) {
             double norm = test_uniform(&state);
             REQUIRE_OK(autoclip_history_push(loaded, norm));
             model_push(&truth, norm);
@@ -98,16 +95,16 @@ static void test_snapshot_with_one_flipped_bit_is_refused(void) {
         size_t count;
     } cases[] = {{0, 0}, {0, 1}, {0, 5}, {5, 0}, {5, 2}, {5, 5}, {1000, 5}};
     uint64_t flips = 0;
-    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; ++c) {
         unsigned char bytes[SNAPSHOT_SIZE(5)];
         size_t size = SNAPSHOT_SIZE(cases[c].count);
         snapshot_write(bytes, cases[c].window, cases[c].window > 0 ? aged_norms : five_norms, cases[c].count);
-        for (size_t bit = 0; bit < 8 * size; bit++) {
+        for (size_t bit = 0; bit < 8 * size; ++bit) {
             test_now.step = bit;
             bytes[bit / 8] ^= (unsigned char)(1u << bit % 8);
             require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, size);
             bytes[bit / 8] ^= (unsigned char)(1u << bit % 8);
-            flips++;
+            flips += 1;
         }
     }
     printf("  %" PRIu64 " flips refused\n", flips);
@@ -119,11 +116,9 @@ static void test_snapshot_of_another_length_is_refused(void) {
         unsigned char bytes[SNAPSHOT_SIZE(5) + 64];
         memset(bytes, 0, sizeof bytes);
         snapshot_write(bytes, window, window > 0 ? aged_norms : five_norms, 5);
-        for (size_t size = 0; size < sizeof bytes; size++) {
+        for (size_t size = 0; size < sizeof bytes; ++size) {
             test_now.step = size;
-            if (size == SNAPSHOT_SIZE(5)) {
-                continue;
-            }
+            if (size == SNAPSHOT_SIZE(5)) continue;
             require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, size);
             if (size >= SNAPSHOT_SIZE(0)) { /* nor do right checksums help */
                 unsigned char sealed[sizeof bytes];
@@ -175,7 +170,7 @@ static void test_snapshot_whose_header_lies_is_refused(void) {
         {"a reserved byte", 40, 8, 1, 0},
         {"the last reserved byte", 48, 8, UINT64_C(1) << 63, 0},
     };
-    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; ++i) {
         unsigned char bytes[SNAPSHOT_SIZE(5)];
         test_now.detail = lies[i].lie;
         snapshot_write(bytes, lies[i].window, lies[i].window > 0 ? aged_norms : five_norms, 5);
@@ -192,14 +187,14 @@ static void test_snapshot_whose_header_lies_is_refused(void) {
     /* 2^61 - 1 norms in a header without a checksum of norms behind it: 64 - 72 is 8 * (2^61 - 1) in 64 bits */
     bytes_put(empty + 24, (UINT64_C(1) << 61) - 1, 8);
     snapshot_seal(empty, sizeof empty);
-    for (size_t size = SNAPSHOT_HEADER; size < sizeof empty; size++) {
+    for (size_t size = SNAPSHOT_HEADER; size < sizeof empty; ++size) {
         require_refused(AUTOCLIP_BAD_SNAPSHOT, empty, size);
     }
 }
 
 static void test_snapshot_of_a_newer_format_is_named_as_such(void) {
     static const uint64_t majors[] = {2, 3, 255, 256, 65535};
-    for (size_t i = 0; i < sizeof majors / sizeof *majors; i++) {
+    for (size_t i = 0; i < sizeof majors / sizeof *majors; ++i) {
         unsigned char bytes[SNAPSHOT_SIZE(5)];
         snapshot_write(bytes, 0, five_norms, 5);
         bytes_put(bytes + 8, majors[i], 2);
@@ -244,21 +239,45 @@ static void test_snapshot_of_a_later_minor_is_read(void) {
     }
 }
 
+/* Headers that lie, sealed, in this minor and in a later one. */
+static void test_header_that_lies_about_additions_is_refused(void) {
+    static const struct {
+        size_t at, size;
+        uint64_t value;
+    } lies[] = {{8, 2, 0},           {12, 4, 0},         {12, 4, 56}, {12, 4, 65}, {12, 4, 72},
+                {12, 4, 64 + 8 * 6}, {24, 8, 4},         {24, 8, 6},  {32, 8, 9},  {12, 4, UINT32_MAX - 7},
+                {16, 8, 1},          {24, 8, UINT64_MAX}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; ++i) {
+        for (uint64_t minor = 0; minor < 2; ++minor) {
+            unsigned char bytes[SNAPSHOT_SIZE(5) + 4];
+            test_now.step = i;
+            snapshot_write(bytes, 0, five_norms, 5);
+            bytes_put(bytes + 10, minor, 2);
+            bytes_put(bytes + lies[i].at, lies[i].value, lies[i].size);
+            snapshot_seal(bytes, SNAPSHOT_SIZE(5));
+            require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, SNAPSHOT_SIZE(5));
+            if (i > 0) continue;
+            memset(bytes + SNAPSHOT_SIZE(5), 0, 4);
+            bytes_put(bytes + 8, 1, 2);
+            snapshot_seal(bytes, sizeof bytes); /* of no whole number of norms */
+            require_refused(AUTOCLIP_BAD_SNAPSHOT, bytes, sizeof bytes);
+        }
+    }
+}
+
 /* Norms that no history can hold, sealed; each at every place of small and of larger snapshots. */
 static void test_snapshot_with_impossible_norms_is_refused(void) {
     static const double bad[] = {(double)NAN, (double)-NAN, (double)INFINITY, (double)-INFINITY};
     static const size_t counts[] = {1, 2, 5, 17, 300};
-    for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
+    for (size_t c = 0; c < sizeof counts / sizeof *counts; ++c) {
         size_t count = counts[c];
         size_t size = SNAPSHOT_SIZE(count);
         unsigned char *bytes = test_block(size);
         double *norms = test_block(count * sizeof(double));
         for (uint64_t window = 0; window <= 1000; window += 1000) {
-            for (size_t at = 0; at < count; at++) {
-                for (size_t b = 0; b < sizeof bad / sizeof *bad; b++) {
-                    for (size_t i = 0; i < count; i++) {
-                        norms[i] = (double)i;
-                    }
+            for (size_t at = 0; at < count; ++at) {
+                for (size_t b = 0; b < sizeof bad / sizeof *bad; ++b) {
+                    for (size_t i = 0; i < count; ++i) norms[i] = (double)i;
                     norms[at] = bad[b];
                     test_now.step = at;
                     snapshot_write(bytes, window, norms, count);
@@ -266,10 +285,8 @@ static void test_snapshot_with_impossible_norms_is_refused(void) {
                 }
             }
         }
-        for (size_t at = 1; at < count; at++) { /* a full history must be ascending */
-            for (size_t i = 0; i < count; i++) {
-                norms[i] = (double)i;
-            }
+        for (size_t at = 1; at < count; ++at) { /* a full history must be ascending */
+            for (size_t i = 0; i < count; ++i) norms[i] = (double)i;
             norms[at] = norms[at - 1] - 0.5;
             test_now.step = at;
             snapshot_write(bytes, 0, norms, count);
@@ -307,14 +324,12 @@ static void test_save_needs_the_whole_size(void) {
     REQUIRE_OK(autoclip_history_create(0, NULL, &history));
     REQUIRE_OK(autoclip_history_extend(history, five_norms, 5));
     size_t needed = autoclip_history_save_size(history);
-    for (size_t capacity = 0; capacity < needed; capacity++) {
+    for (size_t capacity = 0; capacity < needed; ++capacity) {
         unsigned char *bytes = test_block(capacity);
         size_t size = SENTINEL_SIZE;
         REQUIRE_STATUS(AUTOCLIP_TOO_SMALL, autoclip_history_save(history, bytes, capacity, &size));
         REQUIRE(size == SENTINEL_SIZE, "a size was written");
-        for (size_t i = 0; i < capacity; i++) {
-            REQUIRE(bytes[i] == 0xC7, "byte %zu of %zu was written", i, capacity);
-        }
+        for (size_t i = 0; i < capacity; ++i) REQUIRE(bytes[i] == 0xC7, "byte %zu of %zu was written", i, capacity);
         free(bytes);
     }
     unsigned char bytes[SNAPSHOT_SIZE(5) + 3]; /* more than enough is fine, and the rest stays as it was */
@@ -330,7 +345,7 @@ static void test_save_needs_the_whole_size(void) {
 static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
     uint64_t state = 2718;
     uint64_t loaded = 0;
-    for (int round = 0; round < 20000; round++) {
+    for (int round = 0; round < 20000; ++round) {
         unsigned char bytes[SNAPSHOT_SIZE(5)];
         uint64_t window = test_random(&state) % 2 ? 0 : 5 + test_random(&state) % 3;
         test_now.step = (uint64_t)round;
@@ -338,9 +353,7 @@ static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
         for (uint64_t damage = 1 + test_random(&state) % 3; damage > 0; damage--) {
             bytes[test_random(&state) % sizeof bytes] = (unsigned char)test_random(&state);
         }
-        if (round % 2) {
-            snapshot_seal(bytes, sizeof bytes);
-        }
+        if (round % 2) snapshot_seal(bytes, sizeof bytes);
         heap own;
         autoclip_history *history = NULL;
         heap_create(&own);
@@ -351,7 +364,7 @@ static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
             REQUIRE_OK(autoclip_history_percentile(history, 50, &threshold));
             REQUIRE(autoclip_history_check(history, &reason) == AUTOCLIP_OK, "%s", reason);
             autoclip_history_destroy(history);
-            loaded++;
+            loaded += 1;
         }
         heap_destroy(&own);
     }
@@ -361,6 +374,6 @@ static void test_snapshot_with_random_damage_is_refused_or_sound(void) {
 TEST_MAIN(TEST(test_snapshot_round_trip_keeps_every_byte), TEST(test_snapshot_of_a_window_continues),
           TEST(test_snapshot_with_one_flipped_bit_is_refused), TEST(test_snapshot_of_another_length_is_refused),
           TEST(test_snapshot_whose_header_lies_is_refused), TEST(test_snapshot_of_a_newer_format_is_named_as_such),
-          TEST(test_snapshot_of_a_later_minor_is_read), TEST(test_snapshot_with_impossible_norms_is_refused),
-          TEST(test_snapshot_never_brings_a_negative_zero), TEST(test_save_needs_the_whole_size),
-          TEST(test_snapshot_with_random_damage_is_refused_or_sound));
+          TEST(test_snapshot_of_a_later_minor_is_read), TEST(test_header_that_lies_about_additions_is_refused),
+          TEST(test_snapshot_with_impossible_norms_is_refused), TEST(test_snapshot_never_brings_a_negative_zero),
+          TEST(test_save_needs_the_whole_size), TEST(test_snapshot_with_random_damage_is_refused_or_sound));

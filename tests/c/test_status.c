@@ -1,7 +1,6 @@
 /* Every status of the header, each at least once, and what a refused call leaves behind: nothing.
  *
- * SPDX-License-Identifier: MIT
- */
+ * SPDX-License-Identifier: MIT */
 #include "stream.h"
 
 static const double not_finite[] = {(double)NAN, (double)-NAN, (double)INFINITY, (double)-INFINITY};
@@ -21,7 +20,7 @@ static void subject_create(subject *own, uint64_t window, size_t count) {
     heap_create(&own->heap);
     model_create(&own->truth, window);
     REQUIRE_OK(autoclip_history_create(window, &own->heap.allocator, &own->history));
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; ++i) {
         REQUIRE_OK(autoclip_history_push(own->history, (double)(i * 7 % 11)));
         model_push(&own->truth, (double)(i * 7 % 11));
     }
@@ -36,7 +35,7 @@ static void subject_destroy(subject *own) {
 
 static void test_not_finite_norms_are_refused_whole(void) {
     for (uint64_t window = 0; window <= 6; window += 3) {
-        for (size_t b = 0; b < COUNT(not_finite); b++) {
+        for (size_t b = 0; b < COUNT(not_finite); ++b) {
             for (size_t count = 0; count <= 20; count += 10) {
                 subject own;
                 double threshold = SENTINEL;
@@ -46,11 +45,11 @@ static void test_not_finite_norms_are_refused_whole(void) {
                 REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_observe(own.history, bad, 10, &threshold));
                 REQUIRE_SAME(SENTINEL, threshold);
                 for (size_t length = 1; length <= 40; length += 3) {
-                    for (size_t at = 0; at < length; at++) {
+                    for (size_t at = 0; at < length; ++at) {
                         double norms[40];
                         double percentiles[2] = {0, 50};
                         double thresholds[80];
-                        for (size_t i = 0; i < length; i++) {
+                        for (size_t i = 0; i < length; ++i) {
                             norms[i] = (double)i;
                             thresholds[2 * i] = thresholds[2 * i + 1] = SENTINEL;
                         }
@@ -58,9 +57,7 @@ static void test_not_finite_norms_are_refused_whole(void) {
                         REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_extend(own.history, norms, length));
                         REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_history_observe_many(own.history, norms, length,
                                                                                           percentiles, 2, thresholds));
-                        for (size_t i = 0; i < 2 * length; i++) {
-                            REQUIRE_SAME(SENTINEL, thresholds[i]);
-                        }
+                        for (size_t i = 0; i < 2 * length; ++i) REQUIRE_SAME(SENTINEL, thresholds[i]);
                         judge_facts(own.history, &own.truth);
                     }
                 }
@@ -79,7 +76,7 @@ static void test_not_finite_norms_are_refused_whole(void) {
 }
 
 static void test_bad_percentiles_are_refused_whole(void) {
-    for (size_t b = 0; b < COUNT(not_percentiles); b++) {
+    for (size_t b = 0; b < COUNT(not_percentiles); ++b) {
         for (size_t count = 1; count <= 20; count += 19) {
             subject own;
             double bad = not_percentiles[b];
@@ -88,16 +85,14 @@ static void test_bad_percentiles_are_refused_whole(void) {
             REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_history_percentile(own.history, bad, &threshold));
             REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_history_observe(own.history, 1, bad, &threshold));
             REQUIRE_SAME(SENTINEL, threshold);
-            for (size_t at = 0; at < 3; at++) {
+            for (size_t at = 0; at < 3; ++at) {
                 const double norms[2] = {1, 2};
                 double percentiles[3] = {0, 50, 100};
                 double thresholds[6] = {SENTINEL, SENTINEL, SENTINEL, SENTINEL, SENTINEL, SENTINEL};
                 percentiles[at] = bad;
                 REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE,
                                autoclip_history_observe_many(own.history, norms, 2, percentiles, 3, thresholds));
-                for (size_t i = 0; i < 6; i++) {
-                    REQUIRE_SAME(SENTINEL, thresholds[i]);
-                }
+                for (size_t i = 0; i < 6; ++i) REQUIRE_SAME(SENTINEL, thresholds[i]);
             }
             subject_destroy(&own);
         }
@@ -131,11 +126,9 @@ static void test_ranks_beyond_the_size_are_refused(void) {
     subject own;
     double norms[32];
     subject_create(&own, 0, 20);
-    for (size_t i = 0; i < COUNT(norms); i++) {
-        norms[i] = SENTINEL;
-    }
+    for (size_t i = 0; i < COUNT(norms); ++i) norms[i] = SENTINEL;
     const uint64_t ranks[] = {20, 21, UINT64_C(1) << 32, UINT64_C(1) << 63, UINT64_MAX};
-    for (size_t i = 0; i < COUNT(ranks); i++) {
+    for (size_t i = 0; i < COUNT(ranks); ++i) {
         REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_select(own.history, ranks[i], norms));
         REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, ranks[i], 1, norms));
     }
@@ -143,9 +136,7 @@ static void test_ranks_beyond_the_size_are_refused(void) {
     REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 19, 2, norms));
     REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, 5, SIZE_MAX, norms));
     REQUIRE_STATUS(AUTOCLIP_BAD_RANK, autoclip_history_order_statistics(own.history, UINT64_MAX, 2, norms));
-    for (size_t i = 0; i < COUNT(norms); i++) {
-        REQUIRE_SAME(SENTINEL, norms[i]);
-    }
+    for (size_t i = 0; i < COUNT(norms); ++i) REQUIRE_SAME(SENTINEL, norms[i]);
     REQUIRE_OK(autoclip_history_order_statistics(own.history, 20, 0, NULL)); /* none, after the last */
     REQUIRE_OK(autoclip_history_order_statistics(own.history, 0, 20, norms));
     REQUIRE_SAME(own.truth.sorted[19], norms[19]);
@@ -160,9 +151,7 @@ static void test_order_statistics_do_without_a_buffer(void) {
     double range[600];
     subject own;
     subject_create(&own, 0, 0);
-    for (size_t i = 0; i < COUNT(norms); i++) {
-        norms[i] = (double)i;
-    }
+    for (size_t i = 0; i < COUNT(norms); ++i) norms[i] = (double)i;
     REQUIRE_OK(autoclip_history_extend(own.history, norms, COUNT(norms)));
     model_extend(&own.truth, norms, COUNT(norms));
     for (size_t first = 0; first < COUNT(norms); first += 37) {
@@ -193,16 +182,12 @@ static void test_small_arrays_are_refused(void) {
         double norms[20];
         size_t count = SENTINEL_SIZE;
         subject_create(&own, window, 20);
-        for (size_t i = 0; i < COUNT(norms); i++) {
-            norms[i] = SENTINEL;
-        }
-        for (size_t capacity = 0; capacity < own.truth.count; capacity++) {
+        for (size_t i = 0; i < COUNT(norms); ++i) norms[i] = SENTINEL;
+        for (size_t capacity = 0; capacity < own.truth.count; ++capacity) {
             REQUIRE_STATUS(AUTOCLIP_TOO_SMALL, autoclip_history_values(own.history, norms, capacity, &count));
         }
         REQUIRE(count == SENTINEL_SIZE, "a count was written");
-        for (size_t i = 0; i < COUNT(norms); i++) {
-            REQUIRE_SAME(SENTINEL, norms[i]);
-        }
+        for (size_t i = 0; i < COUNT(norms); ++i) REQUIRE_SAME(SENTINEL, norms[i]);
         REQUIRE_STATUS(AUTOCLIP_TOO_SMALL, autoclip_history_save(own.history, norms, sizeof norms[0], &count));
         REQUIRE(count == SENTINEL_SIZE, "a size was written");
         REQUIRE_SAME(SENTINEL, norms[0]);
@@ -216,14 +201,10 @@ static autoclip_history *load_and_push(heap *own, uint64_t window, size_t count)
     unsigned char bytes[SNAPSHOT_SIZE(200)];
     double norms[200];
     autoclip_history *history;
-    for (size_t i = 0; i < count; i++) {
-        norms[i] = 1000.125 + (double)i;
-    }
+    for (size_t i = 0; i < count; ++i) norms[i] = 1000.125 + (double)i;
     snapshot_write(bytes, window, norms, count);
     REQUIRE_OK(autoclip_history_load(bytes, SNAPSHOT_SIZE(count), &own->allocator, &history));
-    for (int i = 0; i < 3; i++) {
-        REQUIRE_OK(autoclip_history_push(history, 1005.5 + 3 * i));
-    }
+    for (int i = 0; i < 3; ++i) REQUIRE_OK(autoclip_history_push(history, 1005.5 + 3 * i));
     return history;
 }
 
@@ -251,21 +232,19 @@ static void test_check_notices_every_wrong_norm(void) {
             size_t unnoticed[COUNT(wrong)] = {0};
             heap_create(&own);
             autoclip_history *history = load_and_push(&own, window, count);
-            for (size_t b = 0; b < own.count; b++) {
+            for (size_t b = 0; b < own.count; ++b) {
                 for (size_t at = 0; at + 8 <= own.blocks[b].size; at += 8) {
                     double norm;
                     memcpy(&norm, own.blocks[b].address + at, sizeof norm);
-                    if (!(norm >= 1000 && norm < 1200)) {
-                        continue;
-                    }
-                    places++;
-                    for (size_t w = 0; w < COUNT(wrong); w++) {
+                    if (!(norm >= 1000 && norm < 1200)) continue;
+                    places += 1;
+                    for (size_t w = 0; w < COUNT(wrong); ++w) {
                         unnoticed[w] += !is_noticed(history, own.blocks[b].address + at, test_bits(wrong[w]));
                     }
                 }
             }
             REQUIRE(places >= (window > 0 ? 2 : 1) * (count + 3), "%zu norms in %zu places", count + 3, places);
-            for (size_t w = 0; w < COUNT(wrong); w++) {
+            for (size_t w = 0; w < COUNT(wrong); ++w) {
                 /* Without a window nothing contradicts an even lower lowest norm, or an even higher highest, of the
                  * buffer and of the tree. */
                 REQUIRE(unnoticed[w] <= (window == 0 && isfinite(wrong[w]) ? 2 : 0),
@@ -289,26 +268,26 @@ static void test_check_notices_every_wrong_number(void) {
         size_t totals = 0;
         heap_create(&own);
         autoclip_history *history = load_and_push(&own, 200, count);
-        for (size_t b = 0; b < own.count; b++) {
+        for (size_t b = 0; b < own.count; ++b) {
             unsigned char *block = own.blocks[b].address;
             for (size_t at = 0; at + 8 <= own.blocks[b].size; at += 8) {
                 uint64_t word;
                 bool is_address = false;
                 memcpy(&word, block + at, sizeof word);
-                for (size_t other = 0; other < own.count; other++) {
+                for (size_t other = 0; other < own.count; ++other) {
                     uintptr_t first = (uintptr_t)own.blocks[other].address;
                     is_address = is_address || (word >= first && word - first <= own.blocks[other].size);
                 }
                 if (block == (unsigned char *)history) { /* here stand hints as well: only the sum of all bytes */
                     if (word == own.bytes) {
                         REQUIRE(is_noticed(history, block + at, word - 1), "a wrong number of bytes is not noticed");
-                        totals++;
+                        totals += 1;
                     }
                 } else if (word != 0 && word != UINT64_C(0xA5A5A5A5A5A5A5A5) && !is_address) {
                     REQUIRE(is_noticed(history, block + at, word - 1),
                             "%zu norms: word %zu of block %zu, %016" PRIX64 ", may be one less", count, at / 8, b,
                             word);
-                    places++;
+                    places += 1;
                 }
             }
         }
@@ -321,11 +300,11 @@ static void test_check_notices_every_wrong_number(void) {
 static void test_messages_are_sentences(void) {
     const char *unknown_message = autoclip_status_message((autoclip_status)-1);
     REQUIRE(unknown_message != NULL && unknown_message[0] != '\0', "what is no status has no message");
-    for (int status = AUTOCLIP_OK; status <= AUTOCLIP_WRONG_STEP; status++) {
+    for (int status = AUTOCLIP_OK; status <= AUTOCLIP_WRONG_STEP; ++status) {
         const char *message = autoclip_status_message((autoclip_status)status);
         REQUIRE(message != NULL && message[0] != '\0', "status %d has no message", status);
         REQUIRE(strcmp(message, unknown_message) != 0, "status %d has the message of an unknown one", status);
-        for (int other = AUTOCLIP_OK; other < status; other++) {
+        for (int other = AUTOCLIP_OK; other < status; ++other) {
             REQUIRE(strcmp(message, autoclip_status_message((autoclip_status)other)) != 0,
                     "status %d and %d have one message", status, other);
         }
@@ -376,9 +355,7 @@ static void test_allocator_is_copied(void) {
     autoclip_allocator mine = own.allocator;
     REQUIRE_OK(autoclip_history_create(0, &mine, &history));
     memset(&mine, 0, sizeof mine);
-    for (int i = 0; i < 3000; i++) {
-        REQUIRE_OK(autoclip_history_push(history, i));
-    }
+    for (int i = 0; i < 3000; ++i) REQUIRE_OK(autoclip_history_push(history, i));
     autoclip_history_destroy(history);
     heap_destroy(&own);
 }

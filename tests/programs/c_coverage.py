@@ -24,7 +24,7 @@ EXCLUDED = [
 
 def measure(build):
     """How many lines and branches count, and what was not reached: (file, text) -> branches, or all of a line."""
-    command = ["gcovr", "--root", ROOT, "--filter", f"{ROOT}/csrc/src/", "--json", "-", build]
+    command = ["gcovr", "--root", ROOT, "--filter", f"{ROOT}/csrc/(src|arrays|tensorflow|xla)/", "--json", "-", build]
     files = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["files"]
     lines = branches = 0
     missed = {}

@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KERNEL = ROOT / "csrc/src"
+KERNEL = ROOT / "csrc"
+KERNEL_FOLDERS = ("src", "arrays", "tensorflow", "xla")
 CORE = ROOT / "autoclip_core"
 REGISTER = tomllib.loads((Path(__file__).parent / "register.toml").read_text(encoding="utf-8"))
 
@@ -57,7 +58,9 @@ KNOWN_BY = {
         for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
     },
 }  # but plot.py: pictures are judged by looking at them
-KERNEL_TESTS = ("status", "check", "snapshot", "model", "faults", "shared", "bounds")
+KERNEL_TESTS = (
+    *("status", "check", "snapshot", "model", "arrays", "xla", "tensorflow", "modes", "faults", "shared", "bounds"),
+)
 
 # How the kernel and its tests are compiled: first the way that kills most at the least cost.
 TINY = ("-DAUTOCLIP_LEAF=4", "-DAUTOCLIP_FANOUT=4", "-DAUTOCLIP_BUFFER=4")
@@ -238,7 +241,8 @@ def mutants_of_python(file):
 
 def every_mutant():
     """All that can be made, less those of lines that the register leaves out."""
-    made = [mutant for file in sorted(KERNEL.glob("*.[ch]")) for mutant in mutants_of_c(file)]
+    files = [file for folder in KERNEL_FOLDERS for file in sorted((KERNEL / folder).glob("*.[ch]"))]
+    made = [mutant for file in files for mutant in mutants_of_c(file)]
     made += [mutant for name in KNOWN_BY for mutant in mutants_of_python(CORE / name)]
     for line in REGISTER["line"]:
         if line.get("mutants", True):
@@ -258,13 +262,14 @@ def fits(entry, mutant):
     return named and mutant.change().startswith(entry["change"])
 
 
-def mutants(count, seed=0):
+def mutants(count, seed=0, under=""):
     """So many mutants: six of eleven in the kernel, four in the core, one in its Numba backend, which takes long."""
-
     sizes = {"kernel": count - count * 4 // 11 - count // 11, "core": count * 4 // 11, "Numba": count // 11}
     seen = Counter()
     lots = {}
     for mutant in every_mutant():
+        if not mutant.name.startswith(under):
+            continue
         name = f"{mutant.name} {mutant.within()} {mutant.change()}"
         seen[name] += 1
         lots[mutant] = random.Random(f"{seed} {name} {seen[name]}").random()  # noqa: S311 - whatever the others are
@@ -315,7 +320,7 @@ class Build:
         self.patience = {name: patience_for([self.link(name)], **self.limits) for name in KERNEL_TESTS}
 
     def compile(self, source, made):
-        headers = (f"-I{source.parent}", f"-I{KERNEL}", f"-I{ROOT / 'csrc/include'}")
+        headers = (f"-I{source.parent}", f"-I{KERNEL / 'src'}", f"-I{KERNEL / 'include'}")
         return passes(["cc", *self.flags, *headers, *WRAPS, "-c", source, "-o", made])
 
     def link(self, name, objects=None):
@@ -340,8 +345,8 @@ class KernelTests:
 
     def __init__(self, folder):
         self.folder = folder
-        shutil.copytree(KERNEL, folder / "src")
-        self.sources = sorted((folder / "src").glob("*.c"))
+        shutil.copytree(KERNEL, folder / "csrc")
+        self.sources = [file for part in KERNEL_FOLDERS for file in sorted((folder / "csrc" / part).glob("*.c"))]
         self.builds = {}
 
     def build(self, name):
@@ -350,7 +355,7 @@ class KernelTests:
         return self.builds[name]
 
     def survives(self, mutant):
-        changed = self.folder / "src" / mutant.file.name
+        changed = self.folder / mutant.name
         for name in BUILDS:
             build = self.build(name)
             changed.write_text(mutant.apply(), encoding="utf-8")
@@ -406,12 +411,12 @@ class CoreTests:
         return True
 
 
-def campaign(count, seed=0, say=lambda line: None):
+def campaign(count, seed=0, say=lambda line: None, under=""):
     """The mutants that were judged, and those of them that survived; what does not compile is no mutant."""
     judged, survived = [], []
     with tempfile.TemporaryDirectory() as folder:
         kernel, core = KernelTests(Path(folder)), CoreTests(Path(folder))
-        for mutant in mutants(count, seed):
+        for mutant in mutants(count, seed, under):
             began = time.monotonic()
             verdict = (kernel if mutant.kind == "kernel" else core).survives(mutant)
             if verdict is None:
@@ -440,8 +445,9 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=220)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--under", default="", metavar="PATH", help="only of files whose names begin so")
     options = parser.parse_args()
-    judged, survived = campaign(options.count, options.seed, lambda line: print(line, flush=True))
+    judged, survived = campaign(options.count, options.seed, lambda line: print(line, flush=True), options.under)
     print("\n".join(report(judged, survived)))
     explained = [mutant for mutant in judged if reason_of(mutant)]
     return len(survived) > len(judged) / 10 or {*survived} != {*explained}

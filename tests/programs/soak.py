@@ -32,6 +32,9 @@ What `make soak` counted when each part ran last; `make test` runs the same in s
 what command, is in [tests/RELIABILITY.md](../../../tests/RELIABILITY.md). None of these runs found a fault."""
 
 
+FUZZING_GOAL = 10**9  # executions, over as many runs as it takes
+
+
 class FaultError(Exception):
     """A part found something; the message says what."""
 
@@ -98,10 +101,16 @@ def valgrind(_):
 
 
 def fuzz(options):
-    """Two fuzzers side by side, from the kept corpus, under ASan and UBSan."""
+    """Fuzzers side by side, from the kept corpus, under ASan and UBSan; what all runs have executed is added up."""
     build("fuzz")
     folder = ROOT / "build/fuzz/tests"
-    inputs = {"operations": "streams of operations, against the model", "snapshot": "byte strings, loaded as snapshots"}
+    inputs = {
+        "operations": "streams of operations, against the model",
+        "snapshot": "byte strings, loaded as snapshots",
+        "arrays": "programs with norms in arrays of their own, against the model",
+    }
+    kept = RESULTS / "soak/fuzzing.json"
+    totals = json.loads(kept.read_text(encoding="utf-8"))
     logs = {name: folder / f"{name}.log" for name in inputs}
     processes = {}
     for name, log in logs.items():
@@ -126,7 +135,16 @@ def fuzz(options):
             ("hours on the clock; of the processor", f"{seconds / 3600:.2f}; {processor:.2f}"),
             ("edges and features reached; inputs that reach them", "{:,} and {:,}; {:,}".format(*map(int, reached))),
         ]
-    return figures
+        total = totals.setdefault(name, {"executions": 0, "processor_hours": 0.0})
+        total["executions"] += executed
+        total["processor_hours"] = round(total["processor_hours"] + processor, 4)
+        replace(kept, json.dumps(totals, indent=2) + "\n")
+    executions = sum(total["executions"] for total in totals.values())
+    hours = sum(total["processor_hours"] for total in totals.values())
+    return [
+        *figures,
+        (f"all runs so far, of {FUZZING_GOAL:,}", f"{executions:,} in {hours:.2f} hours of the processor"),
+    ]
 
 
 def kills(options):
