@@ -132,7 +132,7 @@ class Gradients:
         """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
         if self.first is None or not self.first.requires_grad:
             return False
-        return not any(tensor._is_view() for tensors, _ in self._lists.values() for tensor in tensors)
+        return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.

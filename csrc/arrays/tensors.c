@@ -1,3 +1,6 @@
+/* Norms of tensors and their scaling.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "tensors.h"
 
 #include <float.h>

@@ -1,5 +1,7 @@
 /* The norms of tensors in the memory of a CPU, and their scaling: all of them in one call, because for small ones a call
- * of a framework each costs more than the arithmetic. */
+ * of a framework each costs more than the arithmetic.
+ *
+ * SPDX-License-Identifier: MIT */
 #ifndef AUTOCLIP_ARRAYS_TENSORS_H
 #define AUTOCLIP_ARRAYS_TENSORS_H
 

@@ -1,4 +1,6 @@
-/* Norms and scaling of tensors, judged by long double, and every number outside of them by its bits. */
+/* Norms and scaling of tensors, judged by long double, and every number outside of them by its bits.
+ *
+ * SPDX-License-Identifier: MIT */
 #include "test.h"
 
 #include <float.h>
