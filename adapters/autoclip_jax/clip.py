@@ -59,12 +59,14 @@ class AutoClipState(NamedTuple):
     @property
     def grad_norm(self) -> Array:
         """The norm of the latest updates, before clipping."""
-        return arrays.number_of(jnp, self.last[..., arrays.GRAD_NORM])
+        number: Array = arrays.number_of(jnp, self.last[..., arrays.GRAD_NORM])
+        return number
 
     @property
     def clip_threshold(self) -> Array:
         """The percentile of the history, at most `max_threshold`; infinity while there is none."""
-        return arrays.number_of(jnp, self.last[..., arrays.CLIP_THRESHOLD])
+        number: Array = arrays.number_of(jnp, self.last[..., arrays.CLIP_THRESHOLD])
+        return number
 
     @property
     def clip_scale(self) -> Array:
