@@ -86,11 +86,11 @@ class Gradients:
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
         shards: tuple[ProcessGroup, ...] = ()
-        if _is_read_only(grad):
-            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
         address = kernel.address(local) if self._has_kernel else 0
         if not address:
+            if _is_read_only(grad):
+                param.grad = local = grad = grad.clone(memory_format=torch.contiguous_format)
             if grad.layout is not torch.strided:
                 if grad.layout is torch.sparse_coo and not grad.is_coalesced():
                     param.grad = grad = grad.coalesce()

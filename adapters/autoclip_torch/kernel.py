@@ -42,7 +42,7 @@ def address(tensor: Tensor) -> int:
         return 0
     try:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
-        if not (tensor.is_contiguous() or _is_dense(tensor)):
+        if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)):
             return 0
         found = tensor.data_ptr()
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
