@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from functools import cache, cached_property
 from itertools import groupby, islice
+from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _CPU = torch.device("cpu")
+_MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -137,8 +139,8 @@ class Gradients:
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
-        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Elements above about
-        1e19 overflow in float32 and make the norm infinite, as in torch itself, but where the kernel measures.
+        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Above about 1e19 a norm
+        overflows in float32 and is infinite, as in torch itself.
 
         Args:
             least: the dtype in which norms accumulate at least.
@@ -231,6 +233,9 @@ class _Batch:
         if len(sizes) < len(found):
             norms = iter(found)
             found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
+        if least == self.tensors[0].dtype == torch.float32:
+            # Where torch measures, squares overflow. A step must not depend on who does it.
+            found = [inf if norm > _MOST else norm for norm in found]
         return torch.tensor(found, dtype=torch.float64, device=_CPU)
 
     def scale_(self, scales: Mapping[int, float]) -> None:
@@ -239,7 +244,7 @@ class _Batch:
         changed = [at for at, factor in enumerate(factors) if factor != 1.0]
         if not changed:
             return
-        if self._memory is not None:
+        if self._memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
             self._memory.scale_(factors)
         elif len(scales) == 1:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))

@@ -97,7 +97,7 @@ def test_one_number_that_is_not_finite_is_found(dtype, number):
     [
         (torch.float32, 1e-44),
         (torch.float32, 1e-30),
-        (torch.float32, 1e25),
+        (torch.float32, 1e16),
         (torch.float64, 1e-310),
         (torch.float64, 1e200),
     ],
@@ -105,6 +105,14 @@ def test_one_number_that_is_not_finite_is_found(dtype, number):
 def test_range_of_norms_is_that_of_the_numbers(dtype, number):
     grads = [torch.full((100,), number, dtype=dtype) for _ in range(100)]
     assert measured(grads) == pytest.approx(100 * grads[0][0].item(), rel=1e-12)
+
+
+def test_float32_norm_overflows_where_squares_do_in_torch():
+    norms = {}
+    for number in (1.8e19, 1.9e19):
+        gradients = Gradients([params_of([torch.tensor([number, 1.0])])])
+        norms[number] = [gradients.norms(least).item() for least in FLOATS]
+    assert norms == {1.8e19: pytest.approx([1.8e19] * 2), 1.9e19: pytest.approx([inf, 1.9e19])}
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
