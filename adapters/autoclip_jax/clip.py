@@ -166,19 +166,21 @@ def autoclip(
     ) -> tuple[optax.Updates, AutoClipState]:
         del params, extra
         _check_state(state, known_window, history)
-        *after, scale = arrays.take_step(
-            jnp,
-            observe,
-            state.norms,
-            state.counts,
-            state.last,
-            _global_norm(updates),
-            warmup=warmup,
-            nonfinite=nonfinite,
-            max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
-        )
-        state = AutoClipState(*after)
-        return jax.tree.map(lambda update: _scaled(update, scale), updates), state
+        # Narrow gradients are widened on purpose, however strict the program is about its own types.
+        with jax.numpy_dtype_promotion("standard"):
+            *after, scale = arrays.take_step(
+                jnp,
+                observe,
+                state.norms,
+                state.counts,
+                state.last,
+                _global_norm(updates),
+                warmup=warmup,
+                nonfinite=nonfinite,
+                max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
+            )
+            state = AutoClipState(*after)
+            return jax.tree.map(lambda update: _scaled(update, scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
