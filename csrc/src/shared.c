@@ -144,7 +144,7 @@ static struct place *take_place(void) {
 static uint32_t draw_generation(void) {
     uint64_t drawn = (uint64_t)time(NULL) << 20 ^ (uint64_t)clock() ^ (uint64_t)(uintptr_t)&drawn;
 #if defined(TIME_UTC)
-    struct timespec now;
+    struct timespec now = {0};
     if (timespec_get(&now, TIME_UTC) == TIME_UTC) drawn ^= (uint64_t)now.tv_nsec << 32;
 #endif
     drawn ^= (uint64_t)(uintptr_t)&table << 16;
@@ -329,7 +329,7 @@ static autoclip_status observe_step(struct place *place, struct step *step, doub
     if (place->recent == NULL) {
         place->recent = autoclip_memory_default_allocate(NULL, STEPS_SIZE);
         if (place->recent == NULL) return AUTOCLIP_NO_MEMORY;
-        for (int i = 0; i < STEPS; ++i) place->recent[i].number = UINT64_MAX;
+        for (int i = 0; i < STEPS; ++i) place->recent[i] = (struct step){.number = UINT64_MAX};
     }
     const double norms[2] = {step->norm, previous};
     const autoclip_status status = autoclip_history_extend(place->history, norms, replaced ? 2 : 1);
