@@ -38,11 +38,11 @@ _SHARE = 2**22
 def address(tensor: Tensor) -> int:
     """Return where the kernel finds the elements of a tensor side by side; 0 if it must leave them to torch."""
     width = _WIDTHS.get(tensor.dtype)
-    if width is None or type(tensor) is not Tensor or not tensor.is_cpu or tensor.is_inference():
+    if width is None or type(tensor) is not Tensor or not tensor.is_cpu:
         return 0
     try:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
-        if not (tensor.is_contiguous() or _is_dense(tensor)):
+        if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)):
             return 0
         found = tensor.data_ptr()
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
