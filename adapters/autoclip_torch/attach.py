@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from autoclip_core import ClipStep
+    from autoclip_torch.gradients import Gradients
     from autoclip_torch.groups import Parameters, Scope
     from autoclip_torch.pipeline import Mode, Pipeline
 
@@ -49,6 +51,7 @@ _ABSENT = object()
 _MARK = "_autoclip_owner"
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
+_LEAST_FOLDED = 1e-30  # scale, whose inverse a float32 holds with a GradScaler's factor in it
 _clips: WeakKeyDictionary[Optimizer, AutoClip] = WeakKeyDictionary()
 
 
@@ -288,7 +291,7 @@ class StepHooks:
                     f"{type(optimizer).__name__}.step() needs a closure that zeroes the gradients, evaluates the loss, "
                     "calls backward() and returns the loss; AutoClip clips after each call of it."
                 )
-            self._clip_gradients(optimizer)
+            self._clip_gradients(optimizer, kwargs.get("grad_scaler"))
             return None
 
         def closure_then_clip() -> Any:
@@ -312,12 +315,17 @@ class StepHooks:
             self._mark_shared()
 
     @torch.no_grad()
-    def _clip_gradients(self, optimizer: Optimizer) -> None:
+    def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if self._shared:
             self._warn_of_shared()
+        if grad_scaler is not None:
+            grad_scale = _scale_of(grad_scaler, optimizer)
         measured = self._pipeline.measure(grad_scale)
+        if grad_scaler is not None:
+            # This optimizer unscales by itself, and looks for overflows by itself.
+            found_inf = measured.norms.isfinite().all().logical_not().float()
         steps = self._pipeline.decide(measured, found_inf)
         gradients = measured.gradients
         fused = gradients.plain and _is_fused(optimizer)
@@ -326,7 +334,7 @@ class StepHooks:
             fused = fused and not lacks_momentum(optimizer)
             if fused:
                 self._let_leave_out(optimizer, steps, found_inf)
-        folds = fused and self._is_torch and gradients.count == 1
+        folds = fused and self._is_torch and gradients.count == 1 and _is_foldable(gradients, steps)
         if isinstance(steps, dict) and is_dropped(steps):
             self._pipeline.apply(gradients, steps)
             self._hide_gradients(optimizer)
@@ -420,3 +428,16 @@ def _is_fused(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+def _scale_of(grad_scaler: Any, optimizer: Optimizer) -> Tensor | None:
+    """Return how many times too large the gradients are that a GradScaler hands to a step that takes `grad_scaler=`."""
+    state = grad_scaler._per_optimizer_states[id(optimizer)]
+    return None if state["stage"] is OptState.UNSCALED else grad_scaler._get_scale_async()
+
+
+def _is_foldable(gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> bool:
+    """Return whether a divisor in float32, which fused optimizers take, says the scale well enough."""
+    if gradients.first is None or gradients.first.dtype == torch.float64:
+        return False
+    return isinstance(steps, DeviceStep) or all(step.scale >= _LEAST_FOLDED for step in steps.values())

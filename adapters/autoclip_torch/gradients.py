@@ -80,6 +80,8 @@ class Gradients:
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
         shards: tuple[ProcessGroup, ...] = ()
+        if _is_read_only(grad):
+            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
         if grad.layout is not torch.strided:
             if grad.layout is torch.sparse_coo and not grad.is_coalesced():
@@ -198,6 +200,15 @@ class Gradients:
         """Set all gradients to zero."""
         for tensors, _ in self._lists.values():
             torch._foreach_zero_(tensors)
+
+
+def _is_read_only(grad: Any) -> bool:
+    """Return whether a gradient cannot be scaled where it lies: its elements share memory, or nobody may write it."""
+    if grad.is_inference() and not torch.is_inference_mode_enabled():
+        return True
+    if grad.layout is not torch.strided or grad.is_contiguous():
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(grad.stride(), grad.shape, strict=True))
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain, count
 from operator import is_
 from typing import Any, Literal, get_args
 from weakref import ref
@@ -60,6 +61,7 @@ class Groups:
         # Changed in place, because `hold` hands them out.
         self.params = [param for _, param in named]
         self._listed: list[Tensor] = []  # as the optimizer has them
+        self.origins: dict[str, str] = {}  # the names of the groups before the latest `refresh`
         self.by_name = self._grouped([name for name, _ in named])
         self._source: Optimizer | ref[Optimizer] | None = source if isinstance(source, Optimizer) else None
         self.refresh()
@@ -113,11 +115,29 @@ class Groups:
             if self.scope == "group"
             else self._grouped([named[param] for param in self.params])
         )
+        self.origins = self._origins(grouped)
         self.by_name.clear()
         self.by_name.update(grouped)
         if self._names and self.scope == "parameter":
             self._places = dict(zip(places, names, strict=True))
         return True
+
+    def _origins(self, grouped: dict[str, list[Tensor]]) -> dict[str, str]:
+        """Return by the name of each group the name that it had before, of those that were there.
+
+        A group is known by its parameters, because names are places that move when another group is removed. Where all
+        are new, as after a wrapping that makes others of them, it is known by its name.
+        """
+        homes = {param: name for name, params in self.by_name.items() for param in params}
+        stays = {homes[param] for params in grouped.values() for param in params if param in homes}
+        origins: dict[str, str] = {}
+        for name, params in grouped.items():
+            origin = next((homes[param] for param in params if param in homes), None)
+            if origin is None and name not in stays:
+                origin = name
+            if origin is not None and origin not in origins.values():
+                origins[name] = origin
+        return origins
 
     def renamed(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what was saved of each group by the names of today: once the parameters had none but their places."""
@@ -129,6 +149,8 @@ class Groups:
         if self.scope == "global":
             return {"global": self.params}
         grouped: dict[str, list[Tensor]] = {}
+        if self._group_of is None:
+            names = _distinct(names)
         for name, param in zip(names, self.params, strict=True):
             group = name if self._group_of is None else self._group_of(name)
             if not isinstance(group, str):
@@ -137,6 +159,17 @@ class Groups:
                 )
             grouped.setdefault(group, []).append(param)
         return grouped
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Return the names, each repeated one with a number: two models in one optimizer have the same."""
+    taken: set[str] = set()
+    distinct = []
+    for name in names:
+        numbered = chain([name], (f"{name}#{number}" for number in count(2)))
+        distinct.append(next(candidate for candidate in numbered if candidate not in taken))
+        taken.add(distinct[-1])
+    return distinct
 
 
 def name_of(subject: Any) -> str:

@@ -147,7 +147,8 @@ class Pipeline:
         if self.groups.refresh():
             self.refuse_parts(self.groups.params)
             clips = self.clips
-            self._clips = {name: clips.get(name) or self.make_clip() for name in self.groups.by_name}
+            origins = self.groups.origins
+            self._clips = {name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
 
     def measure(self, grad_scale: Tensor | None = None) -> Measured:

@@ -58,7 +58,7 @@ class Repeats:
 
     def touch(self, first: Tensor) -> None:
         """Take the optimizer's own writes for ours: fused ones write the gradients they have scaled."""
-        self._version = first._version
+        self._version = _version(first)
 
     def forget(self) -> None:
         """Take whatever comes for new."""
@@ -90,4 +90,9 @@ class Repeats:
         first = gradients.first
         if first is None:
             return self._mark is None
-        return getattr(first, _MARK, None) == self._mark is not None and first._version == self._version
+        return getattr(first, _MARK, None) == self._mark is not None and _version(first) == self._version
+
+
+def _version(tensor: Tensor) -> int:
+    # An inference tensor has none.
+    return 0 if tensor.is_inference() else tensor._version

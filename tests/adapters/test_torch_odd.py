@@ -1,0 +1,143 @@
+"""Gradients, names and steps at the edges: each is clipped as any other, and nothing is half done."""
+
+import math
+
+import pytest
+import torch
+from autoclip_torch import AutoClip, attach
+from torch import nn
+
+MODES = ["immediate", "deferred"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_expanded_gradients_are_clipped(mode):
+    weight = nn.Parameter(torch.zeros(3, 2))
+    clip = AutoClip([weight], percentile=0.0, mode=mode)
+    for size in (1.0, 10.0):
+        weight.grad = torch.full((1, 2), size).expand(3, 2)
+        step = clip.step()
+    assert float(step.scale) == pytest.approx(0.1)
+    torch.testing.assert_close(weight.grad, torch.ones(3, 2))
+    assert clip.history.values() == pytest.approx([6**0.5, 10 * 6**0.5])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_made_in_inference_mode_are_clipped(mode):
+    weight = nn.Parameter(torch.zeros(2))
+    clip = AutoClip([weight], percentile=0.0, mode=mode)
+    for size in (1.0, 10.0):
+        with torch.inference_mode():
+            grad = torch.tensor([0.0, size])
+        weight.grad = grad
+        clip.step()
+    torch.testing.assert_close(weight.grad, torch.tensor([0.0, 1.0]))
+    assert clip.steps == 2
+
+
+def test_steps_in_inference_mode_are_clipped():
+    with torch.inference_mode():
+        weight = torch.zeros(2)
+        clip = AutoClip([weight], percentile=0.0)
+        for size in (1.0, 10.0):
+            weight.grad = torch.tensor([0.0, size])
+            clip.step()
+        assert weight.grad.tolist() == [0.0, 1.0]
+
+
+def test_equal_names_have_histories_of_their_own():
+    first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    groups = [{"params": model.named_parameters()} for model in (first, second)]
+    clip = attach(optimizer := torch.optim.SGD(groups, lr=0.1), scope="parameter")
+    first.weight.grad, second.weight.grad = torch.full((1, 1), 2.0), torch.full((1, 1), 300.0)
+    optimizer.step()
+    assert clip.thresholds == {"weight": 2.0, "weight#2": 300.0}
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+def test_group_that_is_removed_leaves_the_histories_of_the_others(scope):
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
+    clip = attach(optimizer, scope=scope)
+    for weight, size in zip(weights, (1.0, 20.0, 300.0), strict=True):
+        weight.grad = torch.tensor([size])
+    optimizer.step()
+    del optimizer.param_groups[0]
+    weights[1].grad, weights[2].grad = torch.tensor([20.0]), torch.tensor([300.0])
+    optimizer.step()
+    assert [history.values().tolist() for history in clip.histories.values()] == [[20.0, 20.0], [300.0, 300.0]]
+    new = nn.Parameter(torch.zeros(1))
+    optimizer.add_param_group({"params": [new]})
+    new.grad = torch.tensor([7.0])
+    optimizer.step()
+    assert list(clip.thresholds.values()) == [20.0, 300.0, 7.0]
+
+
+def test_parameters_that_are_replaced_keep_their_histories():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    clip = attach(optimizer, scope="group")
+    weight.grad = torch.tensor([5.0])
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [other := nn.Parameter(torch.zeros(1))]
+    other.grad = torch.tensor([6.0])
+    optimizer.step()
+    assert clip.histories["0"].values().tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 3.7), (1.0, 1e60)])
+def test_fused_float64_is_clipped_as_exactly_as_without(sizes):
+    moved = []
+    for fused in (False, True):
+        weight = nn.Parameter(torch.zeros(50, dtype=torch.float64))
+        optimizer = torch.optim.SGD([weight], lr=1.0, fused=fused)
+        attach(optimizer, percentile=0.0)
+        direction = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        for size in sizes:
+            weight.grad = direction * size
+            optimizer.step()
+        moved.append(weight.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-15, atol=0.0)
+    assert moved[0].abs().min() > 0.0
+
+
+def test_fused_float32_with_a_tiny_scale_still_moves():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    attach(optimizer, percentile=0.0)
+    for size in (0.1, 3e38):
+        weight.grad = torch.tensor([size])
+        optimizer.step()
+    assert weight.item() == pytest.approx(-0.2, rel=1e-5)
+
+
+class UnscalesByItself(torch.optim.SGD):
+    """An optimizer of the old kind: its step takes the GradScaler."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, *, grad_scaler=None):
+        if grad_scaler is not None:
+            scale = grad_scaler._get_scale_async()
+            grad_scaler._check_inf_per_device(self)
+            grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+            if not all(grad.isfinite().all() for grad in grads):
+                return
+            torch._foreach_div_(grads, scale)
+        super().step()
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing:FutureWarning")
+def test_optimizer_that_takes_the_grad_scaler_records_unscaled_norms():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = UnscalesByItself([weight], lr=1.0)
+    clip = attach(optimizer, percentile=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for size in (1.0, math.inf, 4.0):
+        optimizer.zero_grad()
+        scaler.scale((weight * torch.tensor([0.0, size])).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert clip.history.values().tolist() == [1.0, 4.0]
+    assert clip.nonfinite_steps == 0
+    assert weight.tolist() == [0.0, -2.0]
