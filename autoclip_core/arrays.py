@@ -5,13 +5,13 @@ share, for programs that cannot ask the host. What shaped this module:
 
 - It imports no array library. `xp` is one: torch, jax.numpy, or another with the few names used here.
 - Shapes are fixed and nothing branches on a value, so that every function can be compiled.
-- A norm that is not to be recorded goes through the same operations as infinity, and changes nothing. So no NaN ever
-  enters an array of norms, where one would spread to all.
+- A norm that is not to be recorded goes through the same operations, and changes nothing. So no NaN ever enters an
+  array of norms, where one would spread to all.
 
 There are two ways to have a threshold without asking the host. Either the program keeps a window of the last N norms,
 in two arrays of shape (N,): the norms ascending, and the same in order of age in a ring, places without a norm holding
-infinity (`observe`). Or the host keeps the history, and the program is told the few norms around the percentile in
-advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
+the largest float32 (`observe`). Or the host keeps the history, and the program is told few norms around the percentile
+in advance (`deferred_threshold`). After either, `decide` makes the threshold a step.
 
 A compiled program takes a whole step with `take_step`, which is given the way to observe a norm: over arrays, or in the
 compiled kernel, which keeps the same arrays, or a tree on the host.
@@ -20,7 +20,7 @@ compiled kernel, which keeps the same arrays, or a tree on the host.
 from __future__ import annotations
 
 from functools import cache
-from math import inf
+from math import inf, nan
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,20 @@ MAX_WINDOW = 2**24
 _BASE = 128
 _DIGITS = 11
 
+# The largest that a float32 and an int32 hold. In a state the former stands for infinity, and its opposite for NaN:
+# optimizers that blend two states by products with 0 and 1, and programs that look for what is not finite, find finite
+# numbers only.
+_LARGEST = 2.0**128 - 2.0**104
+_LAST_COUNT = 2**31 - 1
+
 # The state of a compiled program is few arrays, because each costs a step about a microsecond:
-#   norms   float32: a window, shape (2, window): the norms ascending, and in order of age in a ring, infinity where
-#           there is none yet; or, where a NormHistory holds the norms, the latest of them, shape (1,)
+#   norms   float32: a window, shape (2, window): the norms ascending, and in order of age in a ring, the largest number
+#           where there is none yet; or, where a NormHistory holds the norms, the latest of them, shape (1,)
 #   counts  int32, shape (4,)
-#   last    float32, shape (4,): the norm, the threshold and the scale of the latest step, and 1 if it was clipped
+#   last    float32, shape (4,): the norm, the threshold and the scale of the latest step, and what became of it: 1 if
+#           it was clipped, -n if it was dropped as the n-th in a row, else 0
 STEPS, RECORDED_STEPS, CLIPPED_STEPS, NONFINITE_STEPS = range(4)
-GRAD_NORM, CLIP_THRESHOLD, CLIP_SCALE, CLIPPED = range(4)
+GRAD_NORM, CLIP_THRESHOLD, CLIP_SCALE, OUTCOME = range(4)
 
 
 def check_options(
@@ -85,9 +92,9 @@ def check_options(
 def initial_state(xp: Any, window: int | None) -> dict[str, Any]:
     """Return the arrays `norms`, `counts` and `last` before the first step; the window is None with a history."""
     return {
-        "norms": xp.full((1,) if window is None else (2, window), inf, dtype=xp.float32),
+        "norms": xp.full((1,) if window is None else (2, window), _LARGEST, dtype=xp.float32),
         "counts": xp.zeros((4,), dtype=xp.int32),
-        "last": xp.asarray([0.0, inf, 1.0, 0.0], dtype=xp.float32),
+        "last": xp.asarray([0.0, _LARGEST, 1.0, 0.0], dtype=xp.float32),
     }
 
 
@@ -96,7 +103,9 @@ def take_step(
     observe: Callable[[Any, Any, Any], tuple[Any, Any]],
     norms: Any,
     counts: Any,
+    last: Any,
     norm: Any,
+    *,
     warmup: Any = 0,
     nonfinite: str = "skip",
     max_threshold: Any = None,
@@ -105,10 +114,11 @@ def take_step(
 
     Args:
         xp: the array library.
-        observe: given `norms`, how many norms have entered before, and what `norm_to_remember` returns, it lets that
-            enter and returns the norms and the percentile, infinity if there is none.
+        observe: given `norms`, how many norms have entered before, and the norm if it enters, else 0, it returns the
+            norms after that and the percentile, the largest number if there is none.
         norms: those of the state.
         counts: those of the state.
+        last: that of the state.
         norm: the global norm of the gradient, float32.
         warmup: as for `AutoClip`.
         nonfinite: as for `AutoClip`, but not "raise".
@@ -117,36 +127,48 @@ def take_step(
     Returns:
         The new `norms`, `counts` and `last` of the state, and the scale.
     """
-    entering = norm_to_remember(xp, norm)
+    # A count stays where it ends. That of the norms goes back by a window, which is the same place in the ring.
+    window = norms.shape[-1] if len(norms.shape) > 1 else 0
+    restart = [_LAST_COUNT - back for back in (1, window, 1, 1)]
+    counts = xp.where(counts < _LAST_COUNT, counts, xp.asarray(restart, dtype=xp.int32))
+    finite = xp.isfinite(norm)
+    enters = finite & (norm > 0.0)
     recorded_steps = counts[RECORDED_STEPS]
-    norms, percentile = observe(norms, recorded_steps, entering)
-    enters = entering < inf
+    norms, percentile = observe(norms, recorded_steps, xp.where(enters, norm, 0.0))
     threshold, scale, clipped = decide(
         xp,
         norm,
         percentile,
         recorded_steps + xp.astype(enters, xp.int32),
-        warmup=warmup,
+        warmup=min(warmup, _LAST_COUNT) if isinstance(warmup, int) else warmup,  # an array holds no larger one
         nonfinite=nonfinite,
-        max_threshold=inf if max_threshold is None else max_threshold,
+        max_threshold=_LARGEST if max_threshold is None else max_threshold,
     )
-    counted = xp.stack([xp.ones_like(enters), enters, clipped, ~xp.isfinite(norm)])
-    counts = counts + xp.astype(counted, xp.int32)
-    last = xp.stack([norm, threshold, scale, xp.astype(clipped, xp.float32)])
-    return norms, counts, last, scale
+    counts = counts + xp.astype(xp.stack([xp.ones_like(enters), enters, clipped, ~finite]), xp.int32)
+    outcome = xp.astype(clipped, xp.float32)
+    if nonfinite != "pass":
+        outcome = xp.where(finite, outcome, xp.minimum(last[OUTCOME], 0.0) - 1.0)
+    known = xp.where(norm >= 0.0, xp.minimum(norm, _LARGEST), -_LARGEST)
+    return norms, counts, xp.stack([known, threshold, scale, outcome]), scale
 
 
-def metrics(counts: Any, last: Any) -> dict[str, Any]:
+def metrics(xp: Any, counts: Any, last: Any) -> dict[str, Any]:
     """Return what users are told of a state, as scalars: the latest step, and counts."""
     return {
-        "grad_norm": last[..., GRAD_NORM],
-        "clip_threshold": last[..., CLIP_THRESHOLD],
+        "grad_norm": number_of(xp, last[..., GRAD_NORM]),
+        "clip_threshold": number_of(xp, last[..., CLIP_THRESHOLD]),
         "clip_scale": last[..., CLIP_SCALE],
-        "clipped": last[..., CLIPPED] > 0.0,
+        "clipped": last[..., OUTCOME] > 0.0,
         "steps": counts[..., STEPS],
         "clipped_steps": counts[..., CLIPPED_STEPS],
         "nonfinite_steps": counts[..., NONFINITE_STEPS],
+        "skipped_in_a_row": xp.astype(xp.maximum(-last[..., OUTCOME], 0.0), xp.int32),
     }
+
+
+def number_of(xp: Any, known: Any) -> Any:
+    """Return the number that a place of `last` stands for, NaN and infinity among them."""
+    return xp.where(known < 0.0, nan, xp.where(known < _LARGEST, known, inf))
 
 
 def norm_to_remember(xp: Any, norm: Any, infinity: Any = inf) -> Any:
@@ -164,14 +186,14 @@ def observe(
         ascending: the norms of the window, shape (N,), N at most `MAX_WINDOW`.
         ring: the same norms in order of age, shape (N,).
         recorded_steps: how many norms have entered before, an int32 scalar.
-        norm: what `norm_to_remember` returned.
+        norm: the norm, finite, or 0 if none enters.
         percentile: from 0 to 100: a Python float, a scalar array, or a list of its digits.
 
     Returns:
-        The two arrays with the norm in them, and the percentile: infinity if they are empty.
+        The two arrays with the norm in them, and the percentile: the largest float32 if they are empty.
     """
     ascending, ring = remember(xp, ascending, ring, recorded_steps, norm)
-    size = xp.minimum(recorded_steps + xp.astype(norm < inf, xp.int32), ascending.shape[0])
+    size = xp.minimum(recorded_steps + xp.astype(norm > 0.0, xp.int32), ascending.shape[0])
     return ascending, ring, percentile_of(xp, ascending, size, percentile)
 
 
@@ -184,18 +206,21 @@ def observe_window(xp: Any, norms: Any, recorded_steps: Any, norm: Any, percenti
 def remember(xp: Any, ascending: Any, ring: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
     """Do the first half of `observe`: return the two arrays with the norm in them. One pass over each."""
     window = ascending.shape[0]
+    # Earlier releases had infinity where there is no norm.
+    ascending, ring = xp.minimum(ascending, _LARGEST), xp.minimum(ring, _LARGEST)
     place = recorded_steps % window
-    enters = norm < inf
-    oldest = xp.where(enters, xp.take(ring, place), inf)
-    edge = xp.full((1,), inf, dtype=ascending.dtype)
+    oldest = xp.take(ring, place)
+    # Where none enters, the oldest takes its own place.
+    norm = xp.where(norm > 0.0, norm, oldest)
+    edge = xp.full((1,), _LARGEST, dtype=ascending.dtype)
     # Without the oldest all that follow it move down by one; then all above the norm move up by one.
     ascending = xp.where(ascending < oldest, ascending, xp.concat([ascending[1:], edge]))
     ascending = xp.maximum(xp.concat([-edge, ascending[:-1]]), xp.minimum(ascending, norm))
-    return ascending, xp.where(xp.arange(window) == xp.where(enters, place, window), norm, ring)
+    return ascending, xp.where(xp.arange(window) == place, norm, ring)
 
 
 def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
-    """Return the percentile of the first `size` of the ascending norms, infinity if there are none.
+    """Return the percentile of the first `size` of the ascending norms, the largest float32 if there are none.
 
     The two norms that it lies between are exact; the result is within 1 unit in the last place of `numpy.percentile` in
     float64, rounded to float32, whatever these norms are, for a percentile of 0 or at least 1e-6.
@@ -214,7 +239,7 @@ def percentile_of(xp: Any, ascending: Any, size: Any, percentile: Any) -> Any:
     difference = high - low
     lost = (high - difference) - low
     between = low + (difference * fraction + (lost * fraction + difference * rest))
-    return xp.where(size > 0, xp.minimum(between, high), inf)
+    return xp.minimum(between, high)
 
 
 def percentile_digits(xp: Any, percentile: Any) -> list[Any]:
@@ -226,7 +251,8 @@ def percentile_digits(xp: Any, percentile: Any) -> list[Any]:
     for _ in range(1 + _DIGITS):
         digit = int(percentile) if isinstance(percentile, float) else xp.astype(percentile, xp.int32)
         digits.append(digit)
-        percentile = (percentile - digit) * _BASE
+        whole = digit if isinstance(percentile, float) else xp.astype(digit, percentile.dtype)
+        percentile = (percentile - whole) * _BASE
     return digits
 
 
@@ -395,7 +421,7 @@ def decide(
     threshold = xp.where(threshold > max_threshold, max_threshold, threshold)
     limit = xp.where(recorded_steps > warmup, threshold, max_threshold)
     clipped = xp.isfinite(norm) & (norm > limit)
-    scale = xp.where(clipped, limit / norm, 1.0)
+    scale = xp.where(clipped, limit / xp.where(clipped, norm, 1.0), 1.0)  # no division by 0, nor its derivative
     if nonfinite != "pass":
         scale = xp.where(xp.isfinite(norm), scale, 0.0)
     return threshold, scale, clipped

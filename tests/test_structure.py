@@ -67,8 +67,9 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/deepspeed.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
-    "adapters/autoclip_torch/gradients.py": "torch",
+    "adapters/autoclip_torch/gradients.py": "autoclip_torch torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
+    "adapters/autoclip_torch/kernel.py": "autoclip_core torch",
     "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",
@@ -96,7 +97,7 @@ KERNEL_MAY_INCLUDE = {
 KERNEL_MAY_INCLUDE_IN = {
     "float_mode.h": {"xmmintrin.h"},
     "memory.c": {"stdlib.h", "sys/mman.h"},
-    "shared.c": {"stdatomic.h", "pthread.h", "windows.h"},
+    "shared.c": {"stdatomic.h", "pthread.h", "time.h", "windows.h"},
 }
 ALLOCATES = re.compile(r"\b(malloc|calloc|realloc|free|posix_memalign|aligned_alloc|mmap|munmap|strdup|alloca)\b")
 LOCKS = re.compile(r"\b(pthread_\w+|mtx_\w+|\w*SRW\w*|atomic_\w+|_Atomic|call_once|_Thread_local|thread_local)\b")

@@ -59,12 +59,14 @@ class AutoClipState(NamedTuple):
     @property
     def grad_norm(self) -> Array:
         """The norm of the latest updates, before clipping."""
-        return self.last[..., arrays.GRAD_NORM]
+        number: Array = arrays.number_of(jnp, self.last[..., arrays.GRAD_NORM])
+        return number
 
     @property
     def clip_threshold(self) -> Array:
         """The percentile of the history, at most `max_threshold`; infinity while there is none."""
-        return self.last[..., arrays.CLIP_THRESHOLD]
+        number: Array = arrays.number_of(jnp, self.last[..., arrays.CLIP_THRESHOLD])
+        return number
 
     @property
     def clip_scale(self) -> Array:
@@ -74,7 +76,7 @@ class AutoClipState(NamedTuple):
     @property
     def clipped(self) -> Array:
         """Whether the scale shortened the latest updates, which were finite."""
-        return self.last[..., arrays.CLIPPED] > 0.0
+        return self.last[..., arrays.OUTCOME] > 0.0
 
 
 def autoclip(
@@ -164,18 +166,21 @@ def autoclip(
     ) -> tuple[optax.Updates, AutoClipState]:
         del params, extra
         _check_state(state, known_window, history)
-        *after, scale = arrays.take_step(
-            jnp,
-            observe,
-            state.norms,
-            state.counts,
-            _global_norm(updates),
-            warmup=warmup,
-            nonfinite=nonfinite,
-            max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
-        )
-        state = AutoClipState(*after)
-        return jax.tree.map(lambda update: _scaled(update, scale), updates), state
+        # Narrow gradients are widened on purpose, however strict the program is about its own types.
+        with jax.numpy_dtype_promotion("standard"):
+            *after, scale = arrays.take_step(
+                jnp,
+                observe,
+                state.norms,
+                state.counts,
+                state.last,
+                _global_norm(updates),
+                warmup=warmup,
+                nonfinite=nonfinite,
+                max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
+            )
+            state = AutoClipState(*after)
+            return jax.tree.map(lambda update: _scaled(update, scale), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -188,7 +193,8 @@ def metrics(state: Any) -> dict[str, Array]:
 
     Returns:
         `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
-        `steps`, `clipped_steps`, `nonfinite_steps`; scalar arrays.
+        `steps`, `clipped_steps`, `nonfinite_steps`, and `skipped_in_a_row`, how many of the latest updates were dropped
+        one after the other; scalar arrays.
 
     Raises:
         AutoClipValueError: there is no such state, or more than one.
@@ -197,25 +203,31 @@ def metrics(state: Any) -> dict[str, Array]:
     >>> sorted(metrics(tx.init({"w": jnp.zeros(2)})))[:4]
     ['clip_scale', 'clip_threshold', 'clipped', 'clipped_steps']
     """
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AutoClipState))
-    found = [leaf for leaf in leaves if isinstance(leaf, AutoClipState)]
-    if len(found) != 1:
-        raise AutoClipValueError(
-            f"metrics takes a state with one AutoClipState in it, but this {type(state).__name__} has {len(found)}."
-        )
-    return arrays.metrics(found[0].counts, found[0].last)
+    found = _find(state)
+    return arrays.metrics(jnp, found.counts, found.last)
 
 
-def save_history(history: NormHistory) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def save_history(history: NormHistory, state: Any = None) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Return a NormHistory as an array, to be saved in the same checkpoint as the state that goes with it.
 
-    Wait for the step that made the state (`jax.block_until_ready`) before calling this.
+    Args:
+        history: what `autoclip` was given.
+        state: the state that goes with it, or any optimizer state that holds it. Where a step was evaluated more than
+            once from the same state, it tells which outcome was kept; without it the first one is saved. This waits
+            until it is computed; else wait (`jax.block_until_ready`) before calling this.
+
+    Raises:
+        AutoClipValueError: there is no such state, or more than one.
+        StateError: the state is not one of this history.
 
     >>> history = NormHistory()
     >>> history.push(2.0)
     >>> load_history(save_history(history)).values()
     array([2.])
     """
+    if state is not None:
+        found = _find(state)
+        kernel.settle(history.shared_id, found.norms, found.recorded_steps)
     return np.frombuffer(history.to_bytes(), np.uint8).copy()
 
 
@@ -228,6 +240,16 @@ def load_history(saved: Any) -> NormHistory:
         SnapshotError: this is not what `save_history` returned, or it is damaged.
     """
     return NormHistory.from_bytes(np.asarray(saved, np.uint8).tobytes())
+
+
+def _find(state: Any) -> AutoClipState:
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AutoClipState))
+    found = [leaf for leaf in leaves if isinstance(leaf, AutoClipState)]
+    if len(found) != 1:
+        raise AutoClipValueError(
+            f"A state with one AutoClipState in it is needed, but this {type(state).__name__} has {len(found)}."
+        )
+    return found[0]
 
 
 def _known(value: Any, otherwise: Any = None) -> Any:
@@ -264,7 +286,9 @@ def _global_norm(updates: optax.Updates) -> Array:
         jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(jnp.square(leaf))
         for leaf in wide
     ]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32))).astype(jnp.float32)
+    total = sum(squares, jnp.zeros((), jnp.float32))
+    # The root has no derivative at 0.
+    return jnp.where(total == 0.0, 0.0, jnp.sqrt(jnp.where(total == 0.0, 1.0, total))).astype(jnp.float32)
 
 
 def _scaled(update: Array, scale: Array) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ffi
 
-from autoclip_core import BackendError, arrays, kernel_library
+from autoclip_core import BackendError, arrays, kernel_error, kernel_library
 
 _WINDOW = "autoclip_xla_window"
 _TREE = "autoclip_xla_tree"
+_REGISTERING = Lock()
 # XLA says which target it lacks, so its name says what to do.
 _NO_TREE = "autoclip: history=NormHistory() is for the CPU only; on this device leave it out, or give window=N"
 
@@ -31,14 +33,20 @@ _NO_TREE = "autoclip: history=NormHistory() is for the CPU only; on this device 
 def backend() -> str:
     """Return what keeps windows on the CPU: "native", the compiled kernel, or "jax.numpy" where it cannot be reached.
 
-    On other devices it is always "jax.numpy". Calling this makes JAX look for its devices.
+    On other devices it is always "jax.numpy". Calling this makes JAX look for its devices, and registers the kernel
+    with it: call it before a program is loaded that another process has compiled.
     """
     return "jax.numpy" if _obstacle() else "native"
 
 
-@cache
 def _obstacle() -> str:
     """Register the handlers; return why that cannot be done, "" if it is."""
+    with _REGISTERING:  # a cache lets two threads in
+        return _register()
+
+
+@cache
+def _register() -> str:
     try:
         jax.devices("cpu")  # without a device to register for, JAX may end the process
         library = ctypes.CDLL(kernel_library())
@@ -98,6 +106,22 @@ def observe_tree(
         previous, recorded_steps, norm, cpu=call(_TREE), default=call(_NO_TREE)
     )
     return found
+
+
+def settle(shared_id: int, previous: Array, recorded_steps: Array) -> None:
+    """Let a shared history hold the outcome of the latest step that a state has.
+
+    Raises:
+        StateError: the history is not that of the state.
+    """
+    library = ctypes.CDLL(kernel_library())
+    found = ctypes.c_double()
+    last, steps = ctypes.c_double(float(previous[0])), ctypes.c_uint64(int(recorded_steps))
+    status = library.autoclip_shared_percentile_step(
+        ctypes.c_uint64(shared_id), steps, last, ctypes.c_double(0.0), ctypes.byref(found)
+    )
+    if status != 0 and int(recorded_steps) > 0:  # before the first step there may be nothing to find
+        raise kernel_error(status)
 
 
 def _exact(percentile: float | Array) -> Array:

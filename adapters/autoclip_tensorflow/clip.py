@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tensorflow as tf
 
 from autoclip_core import arrays
-from autoclip_tensorflow.graph import check_history, global_norm, scaled, take_step
+from autoclip_tensorflow.graph import XP, check_history, global_norm, scaled, take_step
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if TYPE_CHECKING:
@@ -113,12 +113,13 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         """Return what was measured at the latest step, and counts.
 
         Returns:
-            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
-            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the
+            counts `steps`, `clipped_steps`, `nonfinite_steps`, and `skipped_in_a_row`, how many of the latest updates
+            were dropped one after the other; scalar tensors.
 
         >>> clip = AutoClip()
         >>> _ = clip([tf.constant([3.0, 4.0])])
         >>> float(clip.metrics()["grad_norm"])
         5.0
         """
-        return arrays.metrics(*(tf.convert_to_tensor(self._state[key]) for key in ("counts", "last")))
+        return arrays.metrics(XP, *(tf.convert_to_tensor(self._state[key]) for key in ("counts", "last")))

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from autoclip_tensorflow.state import Options
 
 # Keras by the names that autoclip_core.arrays uses.
-_XP = SimpleNamespace(
+XP = SimpleNamespace(
     arange=ops.arange,
+    asarray=ops.convert_to_tensor,
     astype=ops.cast,
     concat=ops.concatenate,
     float32="float32",
@@ -63,7 +64,7 @@ def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: A
                 "history= is for PyTorch with the variables on the CPU and a compiled kernel; leave it out, and "
                 "variables keep the last `window` norms."
             )
-    *after, scale = steps.take_step(_XP, options, state, norm)
+    *after, scale = steps.take_step(XP, options, state, norm)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)
     return scale

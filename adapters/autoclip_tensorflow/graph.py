@@ -35,8 +35,9 @@ _NODE = "history_is_not_for_jit_compile_so_give_window_instead"
 _FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 
 # TensorFlow by the names that autoclip_core.arrays uses.
-_XP = SimpleNamespace(
+XP = SimpleNamespace(
     arange=tf.range,
+    asarray=tf.constant,
     astype=tf.cast,
     concat=partial(tf.concat, axis=0),
     float32=tf.float32,
@@ -101,10 +102,10 @@ def _take_step(options: Options, history: tf.Tensor, state: Mapping[str, tf.Tens
         inputs = [*given, state["percentile"], history]
         return tf.compat.v1.get_default_graph().create_op("AutoClipObserve", inputs, name=_NODE).outputs
 
-    by_kernel = partial(steps.take_step, _XP, options, state, norm, observe)
+    by_kernel = partial(steps.take_step, XP, options, state, norm, observe)
     if state["norms"].shape.rank == 1:  # no window: the norms are in a history
         return by_kernel()
-    by_operations = partial(steps.take_step, _XP, options, state, norm)
+    by_operations = partial(steps.take_step, XP, options, state, norm)
     if _obstacle():
         return by_operations()
     # For XLA this index is a constant that names no device.

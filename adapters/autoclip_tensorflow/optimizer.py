@@ -24,9 +24,9 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, St
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.graph import check_history, count_replicas, global_norm, scaled, take_step
+    from autoclip_tensorflow.graph import XP, check_history, count_replicas, global_norm, scaled, take_step
 else:
-    from autoclip_tensorflow.dense import check_history, count_replicas, global_norm, scaled, take_step
+    from autoclip_tensorflow.dense import XP, check_history, count_replicas, global_norm, scaled, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,10 +133,11 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """Return what was measured at the latest step, and counts.
 
         Returns:
-            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the counts
-            `steps`, `clipped_steps`, `nonfinite_steps`; scalar tensors.
+            `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the
+            counts `steps`, `clipped_steps`, `nonfinite_steps`, and `skipped_in_a_row`, how many of the latest updates
+            were dropped one after the other; scalar tensors.
         """
-        return arrays.metrics(*(ops.convert_to_tensor(self._state[key]) for key in ("counts", "last")))
+        return arrays.metrics(XP, *(ops.convert_to_tensor(self._state[key]) for key in ("counts", "last")))
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Make the variables of both optimizers.

@@ -67,6 +67,7 @@ def take_step(
         observe,
         state["norms"],
         state["counts"],
+        state["last"],
         norm,
         warmup=options.warmup,
         nonfinite=options.nonfinite,

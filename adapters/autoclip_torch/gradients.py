@@ -2,7 +2,8 @@
 
 What shaped this module, and must stay true:
 
-- All work is done by foreach functions over lists of plain tensors; no value of a single tensor reaches the host.
+- On a CPU the compiled kernel does the work, in double precision (kernel.py). What it must not touch, and all else, is
+  left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches the host.
 - One pass reads the gradients to measure them, one scales them. Where the host does not know whether the update is
   dropped, one more sets them to zero or leaves them: torch has no function that does both at once.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
@@ -15,18 +16,23 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 import sys
-from functools import cache
-from itertools import groupby
+from functools import cache, cached_property
+from itertools import groupby, islice
+from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from autoclip_torch import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
+_CPU = torch.device("cpu")
+_MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,11 +64,10 @@ class Gradients:
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
-        # Real, dense, local tensors that share their memory with the gradients, and the group of each. One list per
-        # device, dtype and the process groups over which they are sharded.
-        self._lists: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
+        # By device, dtype, the process groups over which they are sharded, and whether the kernel takes them.
+        self._batches: dict[tuple[Any, ...], _Batch] = {}
         self.first = None
-        self.device = next((param.device for params in groups for param in params), torch.device("cpu"))
+        self.device = next((param.device for params in groups for param in params), _CPU)
         # There are no DTensors before somebody has imported their module, which takes a second.
         module = sys.modules.get("torch.distributed.tensor")
         self._dtensor = module.DTensor if module is not None else ()
@@ -71,6 +76,7 @@ class Gradients:
         # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
         self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
         _place_like_params(dtensors)
+        self._has_kernel = kernel.is_usable()
         for index, params in enumerate(groups):
             for param in params:
                 if (grad := param.grad) is not None:
@@ -80,25 +86,33 @@ class Gradients:
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
         shards: tuple[ProcessGroup, ...] = ()
-        if _is_read_only(grad):
-            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
-        if grad.layout is not torch.strided:
-            if grad.layout is torch.sparse_coo and not grad.is_coalesced():
-                param.grad = grad = grad.coalesce()
-            local = grad.values()
-        elif isinstance(grad, self._dtensor):
-            local = grad = grad.to_local()
-            shards = self._shards_of[_place(param)]
-        if local.is_complex():
-            # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
-            local = torch.view_as_real(local.conj() if local.is_conj() else local)
+        address = kernel.address(local) if self._has_kernel else 0
+        if not address:
+            if _is_read_only(grad):
+                param.grad = local = grad = grad.clone(memory_format=torch.contiguous_format)
+            if grad.layout is not torch.strided:
+                if grad.layout is torch.sparse_coo and not grad.is_coalesced():
+                    param.grad = grad = grad.coalesce()
+                local = grad.values()
+            elif isinstance(grad, self._dtensor):
+                local = grad = grad.to_local()
+                shards = self._shards_of[_place(param)]
+            if local.is_complex():
+                # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
+                local = torch.view_as_real(local.conj() if local.is_conj() else local)
+            address = kernel.address(local) if self._has_kernel else 0
+        device = _CPU if address else local.device
         if self.first is None:
             self.first = grad
-            self.device = local.device
-        tensors, indices = self._lists.setdefault((local.device, local.dtype, shards), ([], []))
-        tensors.append(local)
-        indices.append(index)
+            self.device = device
+        key = (device, local.dtype, shards, address > 0)
+        batch = self._batches.get(key)
+        if batch is None:
+            batch = self._batches[key] = _Batch()
+        batch.tensors.append(local)
+        batch.indices.append(index)
+        batch.addresses.append(address)
 
     @property
     def is_shared(self) -> bool:
@@ -108,43 +122,43 @@ class Gradients:
     @property
     def devices(self) -> set[torch.device]:
         """The devices on which there are gradients."""
-        return {device for device, _, _ in self._lists}
+        return {device for device, *_ in self._batches}
 
     @property
     def present(self) -> set[int]:
         """The groups that have gradients on this rank; a single group even if it has none."""
-        return {0} if self.count == 1 else {index for _, indices in self._lists.values() for index in indices}
+        return {0} if self.count == 1 else {index for batch in self._batches.values() for index in batch.indices}
 
     @property
     def carry_graph(self) -> bool:
         """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
         if self.first is None or not self.first.requires_grad:
             return False
-        return not any(tensor._is_view() for tensors, _ in self._lists.values() for tensor in tensors)
+        return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
-        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Elements above about
-        1e19 overflow in float32 and make the norm infinite, as in torch itself.
+        Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Above about 1e19 a norm
+        overflows in float32 and is infinite, as in torch itself.
 
         Args:
             least: the dtype in which norms accumulate at least.
         """
-        if len(self._lists) == 1 and not self.is_shared:
-            ((tensors, indices),) = self._lists.values()
-            norms = _norms_of_groups(tensors, indices, least)
-            return norms if len(norms) == self.count else self._spread(norms, indices, NOT_SEEN)
+        if len(self._batches) == 1 and not self.is_shared:
+            (batch,) = self._batches.values()
+            norms = batch.norms(least)
+            return norms if len(norms) == self.count else self._spread(norms, batch.indices, NOT_SEEN)
         # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
         # exact in float64, and cannot overflow.
         wide = widest(self.device)
         nothing = torch.zeros((2, self.count), dtype=wide, device=self.device)
         sums = dict.fromkeys([(), *self._shards_of.values()], nothing)
-        for (_, _, shards), (tensors, indices) in self._lists.items():
-            squares = moved(_norms_of_groups(tensors, indices, least), self.device, wide).square()
+        for (_, _, shards, _), batch in sorted(self._batches.items(), key=_name):
+            squares = moved(batch.norms(least), self.device, wide).square()
             found = torch.stack([squares, torch.ones_like(squares)])
             if len(squares) < self.count:
-                found = self._spread(found, indices, 0.0)
+                found = self._spread(found, batch.indices, 0.0)
             sums[shards] = sums[shards] + found
         for group in dict.fromkeys(group for shards in sums for group in shards):
             sharded = [shards for shards in sums if group in shards]
@@ -166,14 +180,8 @@ class Gradients:
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply the gradients of each group by its scale."""
-        for tensors, indices in self._lists.values():
-            if self.count == 1:
-                if scales[0] != 1.0:
-                    torch._foreach_mul_(tensors, _factor(scales[0], tensors[0]))
-                continue
-            shortened = [at for at, index in enumerate(indices) if scales[index] != 1.0]
-            if shortened:
-                torch._foreach_mul_([tensors[at] for at in shortened], [scales[indices[at]] for at in shortened])
+        for batch in self._batches.values():
+            batch.scale_(scales)
 
     def scale_on_device_(self, scales: Tensor, *, drops: bool) -> None:
         """Multiply the gradients of each group by its scale, which the host does not know.
@@ -183,7 +191,8 @@ class Gradients:
             drops: whether a scale of 0 drops the update: all gradients become zeros, whatever they were.
         """
         least = scales[0] if self.count == 1 else scales.amin()
-        for (device, dtype, _), (tensors, indices) in self._lists.items():
+        for (device, dtype, *_), batch in self._batches.items():
+            tensors, indices = batch.tensors, batch.indices
             for factors in _factors(scales, device, dtype):
                 start = 0
                 for index, same in groupby(indices):
@@ -198,8 +207,49 @@ class Gradients:
 
     def zero_(self) -> None:
         """Set all gradients to zero."""
-        for tensors, _ in self._lists.values():
-            torch._foreach_zero_(tensors)
+        for batch in self._batches.values():
+            torch._foreach_zero_(batch.tensors)
+
+
+class _Batch:
+    """Real, dense, local tensors of one device and dtype that share their memory with gradients."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.indices: list[int] = []  # of their groups, ascending
+        self.addresses: list[int] = []  # for the kernel, which takes all of them or none; 0 if it does not
+
+    @cached_property
+    def _memory(self) -> kernel.Memory | None:
+        return kernel.Memory(self.tensors, self.addresses) if self.addresses[0] else None
+
+    def norms(self, least: torch.dtype) -> Tensor:
+        """Return the norm of each group that is here."""
+        one_group = self.indices[0] == self.indices[-1]
+        sizes = [len(self.indices)] if one_group else [len(list(same)) for _, same in groupby(self.indices)]
+        if self._memory is None:
+            return _norms_of_groups(self.tensors, sizes, least)
+        found = self._memory.norms()
+        if len(sizes) < len(found):
+            norms = iter(found)
+            found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
+        if least == self.tensors[0].dtype == torch.float32:
+            # Where torch measures, squares overflow. A step must not depend on who does it.
+            found = [inf if norm > _MOST else norm for norm in found]
+        return torch.tensor(found, dtype=torch.float64, device=_CPU)
+
+    def scale_(self, scales: Mapping[int, float]) -> None:
+        """Multiply each tensor by the scale of its group."""
+        factors = [scales[index] for index in self.indices]
+        changed = [at for at, factor in enumerate(factors) if factor != 1.0]
+        if not changed:
+            return
+        if self._memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
+            self._memory.scale_(factors)
+        elif len(scales) == 1:
+            torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
+        else:
+            torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
 
 
 def _is_read_only(grad: Any) -> bool:
@@ -311,15 +361,20 @@ def _norms(tensors: list[Tensor], least: torch.dtype) -> list[Tensor]:
     return [norms[at] for at in range(len(tensors))]
 
 
-def _norms_of_groups(tensors: list[Tensor], indices: list[int], least: torch.dtype) -> Tensor:
+def _norms_of_groups(tensors: list[Tensor], sizes: list[int], least: torch.dtype) -> Tensor:
     norms = torch.stack(_norms(tensors, least))
-    sizes = [len(list(same)) for _, same in groupby(indices)]
     if len(sizes) == 1:
         norm: Tensor = torch.linalg.vector_norm(norms)
         return norm.reshape(1)
     if len(sizes) == len(tensors):
         return norms
     return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
+
+
+def _name(item: tuple[tuple[Any, ...], _Batch]) -> str:
+    # In an order that does not depend on that of the gradients, for sums do.
+    (device, dtype, _, is_taken), _ = item
+    return f"{device} {dtype} {is_taken}"
 
 
 def _place(param: Any) -> tuple[Any, Any]:

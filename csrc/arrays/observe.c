@@ -3,7 +3,9 @@
  * SPDX-License-Identifier: MIT */
 #include "observe.h"
 
+#include <float.h>
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "../src/percentile.h"
@@ -35,11 +37,18 @@ static void replace(float *sorted, size_t size, size_t from, float norm) {
     sorted[to] = norm;
 }
 
+static bool enters(float norm) { return isfinite(norm) && norm > 0.0F; }
+
 float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps, float norm, double percentile) {
     float *sorted = norms;
     float *ring = norms + window;
+    if (isinf(sorted[window - 1])) { /* an array of earlier releases, which had infinity where there is no norm */
+        for (size_t i = 0; i < 2 * window; ++i) {
+            if (isinf(norms[i])) norms[i] = FLT_MAX;
+        }
+    }
     size_t size = recorded_steps < window ? recorded_steps : window;
-    if (isfinite(norm)) {
+    if (enters(norm)) {
         float *oldest = ring + recorded_steps % window;
         size_t from = size;
         if (size == window) {
@@ -50,7 +59,7 @@ float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps
         *oldest = norm;
         if (size < window) size += 1;
     }
-    if (size == 0) return INFINITY;
+    if (size == 0) return FLT_MAX;
     const double position = percentile_position(size, percentile);
     const size_t rank = (size_t)position;
     const double low = (double)sorted[rank];
@@ -60,16 +69,17 @@ float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps
 
 autoclip_status autoclip_tree_observe(uint64_t history, uint64_t recorded_steps, float *previous, float norm,
                                       double percentile, float *threshold) {
-    double found = INFINITY;
+    if (recorded_steps >= INT32_MAX) return AUTOCLIP_WRONG_STEP;
+    double found = (double)FLT_MAX;
+    const double before = (double)*previous;
     autoclip_status status;
-    if (isfinite(norm)) {
-        status =
-            autoclip_shared_observe_step(history, recorded_steps, (double)*previous, (double)norm, percentile, &found);
+    if (enters(norm)) {
+        status = autoclip_shared_observe_step(history, recorded_steps, before, (double)norm, percentile, &found);
         if (status == AUTOCLIP_OK) *previous = norm;
     } else {
-        status = autoclip_shared_percentile(history, percentile, &found);
+        status = autoclip_shared_percentile_step(history, recorded_steps, before, percentile, &found);
         if (status == AUTOCLIP_EMPTY) status = AUTOCLIP_OK;
     }
-    *threshold = (float)found;
+    if (status == AUTOCLIP_OK) *threshold = found < (double)FLT_MAX ? (float)found : FLT_MAX;
     return status;
 }

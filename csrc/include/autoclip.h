@@ -218,7 +218,7 @@ const char *autoclip_build(void);
 /* --- Shared histories ------------------------------------------------------------------------------------------- */
 
 /* A history that several threads and several languages hold at once: it has a lock, lives in the one table of the
- * process, and goes by an id, never 0 and never used twice. Each function locks, does what its autoclip_history_*
+ * process, and goes by an id, never 0 and never used twice: not in this process, nor but by chance in another. Each function locks, does what its autoclip_history_*
  * namesake does, and unlocks; AUTOCLIP_NO_HISTORY if the id is unknown. After fork() the child has its own copies. */
 
 autoclip_status autoclip_shared_create(uint64_t window, uint64_t *id);
@@ -247,13 +247,20 @@ autoclip_status autoclip_shared_check(uint64_t id, const char **reason);
 
 /* Observe a norm as step `step` of a run, for programs whose state is a value: replicas take a step side by side, a step
  * may be computed again, and its outcome may be thrown away. `previous` is the norm of the step before in that state;
- * at the first step it is not looked at. A resumed run comes with its history: the first step may have any number up to
- * that of the stored norms. From then on steps follow one another, each from the `previous` it names. A step taken again
- * with the same norm and percentile (one of the last 8 calls) gets its threshold again and is remembered once. The last
- * step taken again with another norm, from the same `previous`, is replaced (not in a window). All else is
+ * at step 0 it is not looked at. A resumed run comes with its history: the first step may have any number up to that of
+ * the stored norms, if `previous` is one of them. From then on steps follow one another, each from the `previous` it
+ * names. A step taken again with the same norm and percentile (one of the last 4,096) gets its threshold again and is
+ * remembered once. The latest step taken again with another norm, from the same `previous`, gets the threshold that is
+ * its due; the history holds the norm that came first, until a step goes on from another (not in a window). All else is
  * AUTOCLIP_WRONG_STEP. autoclip_shared_clear forgets the steps too. O(log n). */
 autoclip_status autoclip_shared_observe_step(uint64_t id, uint64_t step, double previous, double norm,
                                              double percentile, double *threshold);
+
+/* Find the percentile at one point of such a run: after `step` steps, the latest of which had the norm `previous`, which
+ * the history holds from then on if it held another outcome of that step. AUTOCLIP_EMPTY if nothing had been remembered.
+ * O(log n). */
+autoclip_status autoclip_shared_percentile_step(uint64_t id, uint64_t step, double previous, double percentile,
+                                                double *threshold);
 
 /* [end of declarations] */
 

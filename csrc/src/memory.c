@@ -29,13 +29,14 @@ void *autoclip_memory_default_allocate(void *context, size_t size) {
     return malloc(size);
 }
 
-static void default_release(void *context, void *block, size_t size) {
+void autoclip_memory_default_release(void *context, void *block, size_t size) {
     (void)context;
     (void)size;
     free(block);
 }
 
 struct memory autoclip_memory_from(const autoclip_allocator *allocator) {
-    const autoclip_allocator standard = {autoclip_memory_default_allocate, default_release, NULL, sizeof standard};
+    const autoclip_allocator standard = {autoclip_memory_default_allocate, autoclip_memory_default_release, NULL,
+                                         sizeof standard};
     return (struct memory){.allocator = allocator != NULL ? *allocator : standard, .bytes = 0};
 }

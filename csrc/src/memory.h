@@ -28,7 +28,8 @@ static inline void memory_release(struct memory *memory, void *block, size_t siz
 /* Through this allocator, or through malloc and free if it is NULL. */
 struct memory autoclip_memory_from(const autoclip_allocator *allocator);
 
-/* malloc, but for large blocks; `context` is not used. */
+/* malloc, but for large blocks, and free; `context` is not used. */
 void *autoclip_memory_default_allocate(void *context, size_t size);
+void autoclip_memory_default_release(void *context, void *block, size_t size);
 
 #endif

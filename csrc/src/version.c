@@ -44,13 +44,14 @@ const char *autoclip_status_message(autoclip_status status) {
     case AUTOCLIP_TOO_SMALL: return "The array given for the result is too small.";
     case AUTOCLIP_BAD_SNAPSHOT: return "These bytes are not a snapshot of a history, or were damaged.";
     case AUTOCLIP_NEW_SNAPSHOT: return "The snapshot was made by a later release; install that release to read it.";
-    case AUTOCLIP_NO_HISTORY: return "There is no history with this id, or it was destroyed.";
+    case AUTOCLIP_NO_HISTORY:
+        return "There is no history with this id: it was destroyed, or belongs to the process that made the id.";
     case AUTOCLIP_BROKEN:
         return "An invariant of the history does not hold: memory was overwritten, or there is a bug.";
     case AUTOCLIP_NO_WINDOW: return "A history without a window does not know the age of its norms.";
     case AUTOCLIP_WRONG_STEP:
         return "The step does not follow the last one of this history: restore both from one checkpoint, and use a "
-               "history in one run only.";
+               "history in one run only. Replicas that do not wait for each other may be 4,096 steps apart.";
     }
     return "This is not a status of autoclip.";
 }

@@ -1,7 +1,7 @@
 /* What autoclip_jax calls inside a compiled program on the CPU.
  *
- * Both handlers take one norm and give the percentile of the norms recorded, which is infinite while there are none. Which
- * norms count is decided by the caller: an infinite one asks for the percentile and does not enter. The percentile is
+ * Both handlers take one norm and give the percentile of the norms recorded, FLT_MAX while there are none. Which norms
+ * count is decided by the caller: one of 0 asks for the percentile and does not enter. The percentile is
  * given as numbers whose sum it is, because three float32 hold any double, and a program without float64 has no other.
  *
  *   autoclip_xla_window  (norms f32[2,N], recorded_steps s32, norm f32, percentile f32[] or f64[])

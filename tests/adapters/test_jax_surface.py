@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
 from autoclip_jax import AutoClipState, autoclip, metrics
@@ -143,6 +144,38 @@ def test_multi_steps_shows_accumulated_gradients_only(options):
     assert "history" not in options or len(options["history"]) == len(NORMS) // 3
     means = NORMS.reshape(-1, 3).astype(np.float64).mean(axis=1)
     assert found["clip_threshold"] == pytest.approx(np.percentile(means, 10.0), rel=1e-6)
+
+
+def test_multi_steps_survive_a_nan_in_one_part(options):
+    for guard, skipped in ((optax.skip_not_finite, 0), (None, 3)):
+        options = {"history": NormHistory()} if "history" in options else options
+        guarded = {} if guard is None else {"should_skip_update_fn": guard}
+        tx = optax.MultiSteps(optax.chain(autoclip(**options), optax.sgd(1.0)), every_k_schedule=2, **guarded)
+        state = tx.init(jnp.ones(1))
+        step = jax.jit(tx.update)
+        for norm in (1.0, 2.0, np.nan, 3.0, 4.0, 5.0, 6.0, 7.0):
+            _, state = step(jnp.array([norm]), state, jnp.ones(1))
+        assert metrics(state)["skipped_in_a_row"] == skipped
+        assert (metrics(state)["grad_norm"] > 0.0) == (guard is not None)
+
+
+def test_sam_blends_states_and_thresholds_stay_numbers():
+    tx = optax.contrib.sam(optax.chain(autoclip(50.0, window=8), optax.sgd(0.1)), optax.sgd(0.05), sync_period=2)
+    state = tx.init(jnp.ones(1))
+    step = jax.jit(tx.update)
+    for norm in (9.0, 1.0, 9.0, np.nan, 9.0, 3.0):
+        _, state = step(jnp.array([norm]), state, jnp.ones(1))
+    assert metrics(state.opt_state)["clip_threshold"] == 2.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_strict_promotion_of_types(dtype, options):
+    with jax.numpy_dtype_promotion("strict"):
+        tx = autoclip(50.0, **options)
+        state = tx.init(jnp.ones(1, dtype))
+        for norm in (0.0, 2.0, 4.0):
+            updates, state = jax.jit(tx.update)(jnp.array([norm], dtype), state)
+        assert (updates.dtype, state.clip_threshold, updates[0]) == (dtype, 3.0, 3.0)
 
 
 def test_apply_if_finite_hides_what_is_not(options):

@@ -5,6 +5,8 @@
 #ifndef AUTOCLIP_TEST_ARRAYS_H
 #define AUTOCLIP_TEST_ARRAYS_H
 
+#include <float.h>
+
 #include "stream.h"
 
 #include "../../csrc/arrays/observe.h"
@@ -17,7 +19,7 @@ static inline float norm_draw(enum values kind, uint64_t index, source *from) {
 }
 
 static inline float model_threshold(const model *truth, double percentile) {
-    return truth->count == 0 ? INFINITY : (float)model_percentile(truth, percentile);
+    return truth->count == 0 ? FLT_MAX : (float)model_percentile(truth, percentile);
 }
 
 static inline void model_erase(model *truth, double norm) {
@@ -42,7 +44,7 @@ typedef struct window_program {
 static inline void window_create(window_program *own, size_t window, enum values kind, source from) {
     memset(own, 0, sizeof *own);
     own->norms = test_block(2 * window * sizeof(float));
-    for (size_t i = 0; i < 2 * window; ++i) own->norms[i] = INFINITY;
+    for (size_t i = 0; i < 2 * window; ++i) own->norms[i] = FLT_MAX;
     own->window = window;
     own->kind = kind;
     own->from = from;
@@ -57,9 +59,9 @@ static inline void window_destroy(window_program *own) {
 static inline void window_judge(const window_program *own) {
     const size_t count = own->truth.count;
     for (size_t i = 0; i < own->window; ++i) {
-        REQUIRE_SAME(i < count ? own->truth.sorted[i] : (double)INFINITY, (double)own->norms[i]);
+        REQUIRE_SAME(i < count ? own->truth.sorted[i] : (double)FLT_MAX, (double)own->norms[i]);
         const size_t age = count < own->window ? i : (i + count - own->recorded % count) % count;
-        REQUIRE_SAME(i < count ? own->truth.aged[age] : (double)INFINITY, (double)own->norms[own->window + i]);
+        REQUIRE_SAME(i < count ? own->truth.aged[age] : (double)FLT_MAX, (double)own->norms[own->window + i]);
     }
 }
 
@@ -144,7 +146,7 @@ static inline void tree_observe(tree_program *own, uint64_t step, float last, fl
     REQUIRE_STATUS(expected, autoclip_tree_observe(own->id, step, &last, norm, percentile, &threshold));
     if (expected == AUTOCLIP_OK) {
         REQUIRE_SAME((double)model_threshold(&own->truth, percentile), (double)threshold);
-        REQUIRE_SAME((double)(isfinite(norm) ? norm : before), (double)last);
+        REQUIRE_SAME((double)(isfinite(norm) && norm > 0 ? norm : before), (double)last);
     } else {
         REQUIRE_SAME((double)before, (double)last);
     }
@@ -172,6 +174,7 @@ static inline void tree_step(tree_program *own) {
         model_erase(&own->truth, (double)own->last);
         model_push(&own->truth, (double)norm);
         tree_observe(own, own->step - 1, own->previous, norm, percentile, AUTOCLIP_OK);
+        tree_observe(own, own->step, norm, 0, percentile, AUTOCLIP_OK); /* go on from it: the history holds it now */
         own->last = norm;
         own->percentile = percentile;
     } else if (choice == 2) { /* a step that does not follow */

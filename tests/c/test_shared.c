@@ -189,7 +189,7 @@ static void test_steps_follow_one_another(void) {
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 40, 0.5, 1, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 39, 0.5, 1.5, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 38, last, 0.5, 30, &threshold));
-        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 0, 30, &threshold));
+        REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 0.5, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, UINT64_MAX, last, 1, 30, &threshold));
         REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_shared_observe_step(id, 40, last, 1, 101, &threshold));
         REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_shared_observe_step(id, 40, last, (double)NAN, 30, &threshold));
@@ -211,13 +211,13 @@ static void test_step_that_is_taken_again_counts_once(void) {
     for (uint64_t step = 0; step < 20; ++step) {
         take_step(id, &truth, step, (double)(step * 7 % 11));
         thresholds[step] = model_percentile(&truth, 30);
-        for (uint64_t old = step < 7 ? 0 : step - 7; old <= step; ++old) {
+        for (uint64_t old = 0; old <= step; ++old) {
             REQUIRE_OK(autoclip_shared_observe_step(id, old, -1, (double)(old * 7 % 11), 30, &again));
             REQUIRE_SAME(thresholds[old], again);
         }
         judge_shared(id, &truth);
     }
-    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 11, -1, 0, 30, &again));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 11, -1, 0.5, 30, &again));
     /* The last one at another percentile, and then as before. */
     const double last = truth.aged[19];
     for (double percentile = 0; percentile <= 60; percentile += 30) {
@@ -246,7 +246,7 @@ static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
                     REQUIRE_SAME(model_percentile(&truth, 50), threshold);
                 }
             }
-            if (kept == 3) judge_shared(id, &truth);
+            if (kept == 0) judge_shared(id, &truth);
             uint64_t size;
             REQUIRE_OK(autoclip_shared_size(id, &size));
             REQUIRE(size == step + 1, "%" PRIu64 " norms after step %" PRIu64, size, step);
@@ -258,6 +258,34 @@ static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
     double threshold = SENTINEL;
     REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 1, 50, &threshold));
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 2, 50, &threshold));
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
+/* The percentile at each point of a run, whichever outcome the history holds. */
+static void test_percentile_of_a_step_is_that_of_its_outcome(void) {
+    uint64_t id = make(0);
+    double threshold;
+    REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_shared_percentile_step(id, 0, 0, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_BAD_PERCENTILE, autoclip_shared_percentile_step(id, 0, 0, 101, &threshold));
+    REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 4, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_shared_percentile_step(id, 0, 0, 50, &threshold));
+    REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 8, 50, &threshold));
+    REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 2, 50, &threshold)); /* another outcome */
+    REQUIRE_SAME(3, threshold);
+    for (double percentile = 0; percentile <= 100; percentile += 25) { /* before both of them */
+        REQUIRE_OK(autoclip_shared_percentile_step(id, 1, 4, percentile, &threshold));
+        REQUIRE_SAME(4, threshold);
+    }
+    REQUIRE_OK(autoclip_shared_percentile(id, 100, &threshold));
+    REQUIRE_SAME(8, threshold);
+    REQUIRE_OK(autoclip_shared_percentile_step(id, 2, 2, 100, &threshold)); /* the run goes on from the other */
+    REQUIRE_SAME(4, threshold);
+    REQUIRE_OK(autoclip_shared_percentile_step(id, 2, 8, 100, &threshold)); /* or not */
+    REQUIRE_SAME(8, threshold);
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 2, 3, 100, &threshold));
+    uint64_t size;
+    REQUIRE_OK(autoclip_shared_size(id, &size));
+    REQUIRE(size == 2, "%" PRIu64 " norms", size);
     REQUIRE_OK(autoclip_shared_destroy(id));
 }
 
@@ -282,7 +310,11 @@ static void test_first_step_needs_as_many_norms(void) {
     const double norms[3] = {1, 2, 3};
     REQUIRE_OK(autoclip_shared_extend(id, norms, 3));
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 4, 3, 1, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 3, 2.5, 1, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 3, 2.5, 50, &threshold));
     REQUIRE_SAME(SENTINEL, threshold);
+    REQUIRE_OK(autoclip_shared_percentile_step(id, 3, 3, 50, &threshold));
+    REQUIRE_SAME(2, threshold);
     REQUIRE_OK(autoclip_shared_observe_step(id, 3, 3, 4, 50, &threshold));
     REQUIRE_SAME(2.5, threshold);
     uint64_t twin;
@@ -330,6 +362,7 @@ static void require_unknown(uint64_t id) {
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_save(id, bytes, sizeof bytes, &size));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_check(id, &reason));
     REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_observe_step(id, 0, 1, 1, 50, values));
+    REQUIRE_STATUS(AUTOCLIP_NO_HISTORY, autoclip_shared_percentile_step(id, 0, 1, 50, values));
     REQUIRE(number == SENTINEL_ID && size == 77 && bytes[0] == 7, "a result was written");
     for (size_t i = 0; i < COUNT(values); ++i) REQUIRE_SAME(SENTINEL, values[i]);
     REQUIRE_OK(autoclip_shared_size(known, &number));
@@ -470,10 +503,15 @@ static autoclip_status fail_merge(uint64_t id, uint64_t *made) {
     (void)made;
     return autoclip_shared_merge(id, id);
 }
+static autoclip_status fail_step(uint64_t id, uint64_t *made) {
+    double threshold;
+    (void)made;
+    return autoclip_shared_observe_step(id, 20, 19, 1, 50, &threshold);
+}
 
 static void test_shared_functions_survive_every_refusal(void) {
-    static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {fail_create, fail_clone,         fail_load,
-                                                                     fail_extend, fail_extend_hugely, fail_merge};
+    static autoclip_status (*const calls[])(uint64_t, uint64_t *) = {
+        fail_create, fail_clone, fail_load, fail_extend, fail_extend_hugely, fail_merge, fail_step};
     /* Histories are kept until the end, so that create also meets a table that has to grow. */
     enum { KEPT = 1000 };
     static uint64_t kept[KEPT];
@@ -768,5 +806,5 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 TEST_MAIN(FIRST_TESTS THREAD_TESTS MEMORY_TESTS TEST(test_shared_functions_do_what_their_namesakes_do),
           TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
           TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
-          TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_function),
-          TEST(test_ids_are_never_used_twice));
+          TEST(test_percentile_of_a_step_is_that_of_its_outcome), TEST(test_clear_forgets_the_steps),
+          TEST(test_unknown_ids_are_refused_by_every_function), TEST(test_ids_are_never_used_twice));

@@ -372,7 +372,7 @@ class Build:
         program = self.folder / f"test_{name}"
         parts = [self.folder / f"test_{name}.o", *(objects or self.objects).values()]
         wraps = WRAPS if name == "shared" else ()
-        assert passes(["cc", *self.flags, *parts, "-pthread", *wraps, "-o", program]), f"does not link: {name}"
+        assert passes(["cc", *self.flags, *parts, "-pthread", "-lm", *wraps, "-o", program]), f"does not link: {name}"
         return program
 
     def survives(self, changed):

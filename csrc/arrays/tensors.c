@@ -1,0 +1,125 @@
+/* Norms of tensors and their scaling.
+ *
+ * SPDX-License-Identifier: MIT */
+#include "tensors.h"
+
+#include <float.h>
+#include <math.h>
+
+/* Sums that are independent of each other: enough to hide how long an addition takes, few enough for 16 registers. */
+enum { LANES = 16 };
+
+/* Below this a sum of squares of doubles may have lost digits, because small squares have few. */
+#define LEAST_SQUARES 0x1p-900
+
+/* A power of two whose inverse is a normal double as well, and that takes any double near enough to 1 to be squared. */
+enum { FURTHEST = 1000 };
+
+/* Where compilers can make a function for processors that are newer than what the rest is built for, and ask at run time:
+ * twice as fast with the same bits, since each lane adds the same numbers in the same order. */
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) &&                                                 \
+    !defined(_WIN32) /* GCC misaligns a stack there */
+#define HAS_AVX2 __builtin_cpu_supports("avx2")
+#define WITH_AVX2 __attribute__((target("avx2")))
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define HAS_AVX2 0
+#define WITH_AVX2
+#define INLINE static inline
+#endif
+
+#define DEFINE_SQUARES(name, type)                                                                                     \
+    INLINE double name(const type *numbers, size_t size, double unit) {                                                \
+        double lanes[LANES] = {0};                                                                                     \
+        size_t i = 0;                                                                                                  \
+        for (; i + LANES <= size; i += LANES) {                                                                        \
+            for (size_t lane = 0; lane < LANES; ++lane) {                                                              \
+                const double number = (double)numbers[i + lane] * unit;                                                \
+                lanes[lane] += number * number;                                                                        \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (size_t lane = 0; i + lane < size; ++lane) {                                                               \
+            const double number = (double)numbers[i + lane] * unit;                                                    \
+            lanes[lane] += number * number;                                                                            \
+        }                                                                                                              \
+        for (size_t half = LANES / 2; half > 0; half /= 2) {                                                           \
+            for (size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];                              \
+        }                                                                                                              \
+        return lanes[0];                                                                                               \
+    }
+
+#define DEFINE_SCALE(name, type)                                                                                       \
+    INLINE void name(type *numbers, size_t size, type factor) {                                                        \
+        for (size_t i = 0; i < size; ++i) numbers[i] *= factor;                                                        \
+    }
+
+DEFINE_SQUARES(squares_of_floats, float)
+DEFINE_SQUARES(squares_of_doubles, double)
+DEFINE_SCALE(scale_floats, float)
+DEFINE_SCALE(scale_doubles, double)
+
+/* The sum of the squares, each number multiplied by `unit` before. */
+INLINE double squares(const void *numbers, size_t size, size_t width, double unit) {
+    /* A product with 1 is no work for compilers. */
+    if (width == sizeof(float)) return squares_of_floats(numbers, size, 1.0);
+    return unit == 1.0 ? squares_of_doubles(numbers, size, 1.0) : squares_of_doubles(numbers, size, unit);
+}
+
+INLINE void scale(void *numbers, size_t size, size_t width, double factor) {
+    if (width == sizeof(float)) {
+        scale_floats(numbers, size, (float)factor);
+    } else {
+        scale_doubles(numbers, size, factor);
+    }
+}
+
+static double squares_anywhere(const void *numbers, size_t size, size_t width, double unit) {
+    return squares(numbers, size, width, unit);
+}
+
+WITH_AVX2 static double squares_with_avx2(const void *numbers, size_t size, size_t width, double unit) {
+    return squares(numbers, size, width, unit);
+}
+
+static void scale_anywhere(void *numbers, size_t size, size_t width, double factor) {
+    scale(numbers, size, width, factor);
+}
+
+WITH_AVX2 static void scale_with_avx2(void *numbers, size_t size, size_t width, double factor) {
+    scale(numbers, size, width, factor);
+}
+
+static double norm_of(const void *numbers, size_t size, size_t width) {
+    double (*const sum)(const void *, size_t, size_t, double) = HAS_AVX2 ? squares_with_avx2 : squares_anywhere;
+    const double found = sum(numbers, size, width, 1.0);
+    /* The squares of floats are doubles, with room for as many of them as there is memory. */
+    if (width == sizeof(float) || (found >= LEAST_SQUARES && found <= DBL_MAX) || isnan(found)) return sqrt(found);
+    const double *doubles = numbers;
+    double largest = 0.0;
+    for (size_t i = 0; i < size; ++i) {
+        const double magnitude = fabs(doubles[i]);
+        if (!(magnitude <= largest)) largest = magnitude; /* a NaN as well, of which there is none */
+    }
+    if (largest == 0.0 || isinf(largest)) return largest;
+    int exponent;
+    (void)frexp(largest, &exponent);
+    if (exponent > FURTHEST) exponent = FURTHEST;
+    if (exponent < -FURTHEST) exponent = -FURTHEST;
+    const double unit = ldexp(1.0, -exponent);
+    return sqrt(sum(numbers, size, width, unit)) / unit;
+}
+
+void autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
+                              double *norms) {
+    for (size_t i = 0; i < count; ++i) {
+        norms[i] = norm_of((const void *)(uintptr_t)addresses[i], (size_t)sizes[i], width);
+    }
+}
+
+void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
+                            const double *factors) {
+    void (*const multiply)(void *, size_t, size_t, double) = HAS_AVX2 ? scale_with_avx2 : scale_anywhere;
+    for (size_t i = 0; i < count; ++i) {
+        if (factors[i] != 1.0) multiply((void *)(uintptr_t)addresses[i], (size_t)sizes[i], width, factors[i]);
+    }
+}

@@ -1,0 +1,277 @@
+"""Gradients on a CPU that the compiled kernel measures and scales, past torch: what it must find, and must not touch.
+
+Norms are judged by torch in float64, scaled gradients by torch's own product.
+"""
+
+from math import inf, isnan
+
+import numpy as np
+import pytest
+import torch
+from autoclip_torch import AutoClip, kernel
+from autoclip_torch.gradients import Gradients
+from torch import Tensor, nn
+
+import autoclip_core
+
+FLOATS = [torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def usable(absent):
+    if not kernel.is_usable():
+        absent("the backend is not the compiled kernel")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tensors each call of the kernel was given."""
+    made = []
+    call = kernel.Memory._call
+
+    def counted(self, name, values):
+        made.append((name, len(self._tensors)))
+        return call(self, name, values)
+
+    monkeypatch.setattr(kernel.Memory, "_call", counted)
+    return made
+
+
+def params_of(grads):
+    params = [nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
+
+
+def grads_of(count, size, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator, dtype=dtype) for _ in range(count)]
+
+
+def norm_of(grads):
+    return torch.cat([grad.flatten().double() for grad in grads]).norm().item()
+
+
+def measured(grads):
+    return Gradients([params_of(grads)]).norms().tolist()[0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1,), (17,), (3, 5, 7), (70_000,), (2_500_000,)])
+def test_norm_and_scaled_gradients_are_those_of_torch(shape, dtype, calls):
+    grads = grads_of(3, shape, dtype)
+    before = [grad.clone() for grad in grads]
+    clip = AutoClip(params_of(grads), 50.0)
+    clip.history.extend([1e-3] * 3)
+    step = clip.step()
+    assert step.norm == pytest.approx(norm_of(before), rel=1e-12)
+    assert step.clipped
+    for grad, was in zip(grads, before, strict=True):
+        assert torch.equal(grad, was * torch.tensor(step.scale, dtype=dtype))
+    assert calls == [("autoclip_tensors_measure", 3), ("autoclip_tensors_scale", 3)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_norm_does_not_depend_on_the_order_of_parameters(dtype):
+    grads = [grad * 10.0 ** (number % 9 - 4) for number, grad in enumerate(grads_of(200, 37, dtype))]
+    orders = [np.random.default_rng(seed).permutation(200) for seed in range(20)]
+    assert len({measured([grads[at] for at in order]) for order in orders}) == 1
+
+
+@pytest.mark.parametrize("number", [inf, -inf, float("nan")])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+def test_one_number_that_is_not_finite_is_found(dtype, number):
+    grads = grads_of(20, 33, dtype)
+    grads[13][31] = number
+    norm = measured(grads)
+    assert isnan(norm) if isnan(number) else norm == inf
+    clip = AutoClip(params_of(grads))
+    assert clip.step().scale == 0.0
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [
+        (torch.float32, 1e-44),
+        (torch.float32, 1e-30),
+        (torch.float32, 1e16),
+        (torch.float64, 1e-310),
+        (torch.float64, 1e200),
+    ],
+)
+def test_range_of_norms_is_that_of_the_numbers(dtype, number):
+    grads = [torch.full((100,), number, dtype=dtype) for _ in range(100)]
+    assert measured(grads) == pytest.approx(100 * grads[0][0].item(), rel=1e-12)
+
+
+def test_float32_norm_overflows_where_squares_do_in_torch():
+    norms = {}
+    for number in (1.8e19, 1.9e19):
+        gradients = Gradients([params_of([torch.tensor([number, 1.0])])])
+        norms[number] = [gradients.norms(least).item() for least in FLOATS]
+    assert norms == {1.8e19: pytest.approx([1.8e19] * 2), 1.9e19: pytest.approx([inf, 1.9e19])}
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    grads = grads_of(1, 9_000_001) + grads_of(5, 1000)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            copies = [grad.clone() for grad in grads]
+            clip = AutoClip(params_of(copies), 50.0)
+            clip.history.extend([1.0] * 3)
+            found.append((clip.step().norm, copies))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_scopes_scale_each_group_by_its_own_factor(calls):
+    grads = grads_of(6, 50)
+    before = [grad.clone() for grad in grads]
+    clip = AutoClip(params_of(grads), 0.0, scope="parameter")
+    for number, history in enumerate(clip.histories.values()):
+        history.push(1.0 if number % 2 else 1e6)
+    steps = clip.step()
+    for grad, was, step in zip(grads, before, steps.values(), strict=True):
+        assert step.norm == pytest.approx(norm_of([was]), rel=1e-12)
+        assert torch.equal(grad, was * torch.tensor(step.scale))
+    assert [step.clipped for step in steps.values()] == [False, True] * 3
+    assert len(calls) == 2
+
+
+def test_write_is_told_to_autograd():
+    grads = grads_of(2, 10)
+    weight = torch.ones(10, requires_grad=True)
+    output = (weight * grads[0]).sum()  # keeps the gradient for its own backward()
+    versions = [grad._version for grad in grads]
+    clip = AutoClip(params_of(grads), 50.0)
+    clip.history.extend([1e-3] * 3)
+    assert clip.step().clipped
+    assert all(grad._version > version for grad, version in zip(grads, versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_gradients_that_are_not_scaled_keep_their_version():
+    grads = grads_of(2, 10)
+    versions = [grad._version for grad in grads]
+    AutoClip(params_of(grads)).step()
+    assert [grad._version for grad in grads] == versions
+
+
+class Sub(Tensor):
+    pass
+
+
+def with_gap():
+    return torch.randn(6, 4)[:, :2]
+
+
+LEFT_TO_TORCH = {
+    "half": lambda: torch.randn(8, dtype=torch.bfloat16),
+    "subclass": lambda: torch.randn(8).as_subclass(Sub),
+    "gap": with_gap,
+    "sparse": lambda: torch.randn(3, 3).to_sparse(),
+    "unaligned": lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1, count=10),
+    "functional": lambda: torch._to_functional_tensor(torch.randn(8)),
+    "zero": lambda: torch._efficientzerotensor(8),
+    "meta": lambda: torch.empty(8, device="meta"),
+    "empty": lambda: torch.empty(0),
+    "expanded": lambda: torch.randn(1).expand(8),
+}
+
+
+@pytest.mark.parametrize("make", LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
+def test_kernel_leaves_to_torch_what_is_not_plain_memory(make):
+    assert kernel.address(make()) == 0
+
+
+@pytest.mark.parametrize("kind", ["half", "subclass", "gap", "empty"])
+def test_gradients_left_to_torch_count_beside_the_others(kind, calls):
+    odd = LEFT_TO_TORCH[kind]()
+    grads = [*grads_of(3, 20), odd]
+    before = [grad.clone() for grad in grads]
+    clip = AutoClip(params_of(grads), 50.0)
+    clip.history.extend([1e-3] * 3)
+    step = clip.step()
+    assert step.norm == pytest.approx(norm_of(before), rel=1e-2 if kind == "half" else 1e-6)
+    for grad, was in zip(grads, before, strict=True):
+        torch.testing.assert_close(grad, was * step.scale)
+    assert [count for _, count in calls] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        lambda: torch.randn(7, 5).t(),
+        lambda: torch.randn(3, 1, 5).transpose(0, 2),
+        lambda: torch.randn(()),
+        lambda: torch._neg_view(torch.randn(8)),
+        lambda: torch.view_as_real(torch.randn(6, dtype=torch.complex64)),
+    ],
+    ids=["channels-last", "transposed", "size-one", "scalar", "pending sign", "complex"],
+)
+def test_kernel_takes_dense_tensors_in_any_order(make):
+    grad = make()
+    assert kernel.address(grad) == grad.data_ptr()
+    before = grad.clone()
+    clip = AutoClip(params_of([grad]), 50.0)
+    clip.history.extend([1e-3] * 3)
+    step = clip.step()
+    assert step.norm == pytest.approx(norm_of([before]), rel=1e-12)
+    assert torch.equal(grad, before * torch.tensor(step.scale))
+
+
+def test_kernel_does_nothing_under_a_transform_or_a_mode():
+    seen = []
+
+    def loss(weight):
+        seen.append((kernel.is_usable(), kernel.address(weight * 2)))
+        return weight.sum()
+
+    torch.func.grad(loss)(torch.randn(3))
+    torch.vmap(loss)(torch.randn(2, 3))
+    assert seen == [(False, 0), (False, 0)]
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        assert not kernel.is_usable()
+    assert kernel.is_usable()
+
+
+def test_gradient_with_other_memory_than_a_step_before_is_measured_anew():
+    grad = torch.ones(4)
+    clip = AutoClip(params_of([grad]))
+    assert clip.step().norm == 2.0
+    grad.data = torch.full((9,), 2.0)
+    assert clip.step().norm == 6.0
+    grad.resize_(4)
+    grad.fill_(5.0)
+    assert clip.step().norm == 10.0
+
+
+def test_without_the_kernel_torch_does_the_work(monkeypatch, calls):
+    monkeypatch.setattr(kernel, "_library", lambda: None)
+    grads = grads_of(4, 30)
+    before = [grad.clone() for grad in grads]
+    clip = AutoClip(params_of(grads), 50.0)
+    clip.history.extend([1e-3] * 3)
+    step = clip.step()
+    assert step.norm == pytest.approx(norm_of(before), rel=1e-6)
+    assert all(torch.equal(grad, was * torch.tensor(step.scale)) for grad, was in zip(grads, before, strict=True))
+    assert calls == []
+
+
+def test_library_is_that_of_the_core():
+    assert kernel._library()._name == autoclip_core.kernel_library()

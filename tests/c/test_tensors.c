@@ -1,0 +1,132 @@
+/* Norms and scaling of tensors, judged by long double, and every number outside of them by its bits.
+ *
+ * SPDX-License-Identifier: MIT */
+#include "test.h"
+
+#include <float.h>
+
+#include "../../csrc/arrays/tensors.h"
+
+enum { SIZES = 70 }; /* beyond two rounds of all lanes, with every rest */
+
+static double near(double left, double right) { return fabs(left - right) / right; }
+
+static uint64_t address_of(const void *memory) { return (uint64_t)(uintptr_t)memory; }
+
+static double measure(const void *memory, uint64_t size, size_t width) {
+    const uint64_t address = address_of(memory);
+    double norm = -1.0;
+    autoclip_tensors_measure(&address, &size, 1, width, &norm);
+    return norm;
+}
+
+/* Blocks that are exactly as large as the tensor, for the sanitizers. */
+static void *block_of(const double *numbers, size_t size, size_t width) {
+    void *block = test_block(size * width);
+    for (size_t i = 0; i < size; i++) {
+        if (width == sizeof(float)) {
+            ((float *)block)[i] = (float)numbers[i];
+        } else {
+            ((double *)block)[i] = numbers[i];
+        }
+    }
+    return block;
+}
+
+static void norm_is_that_of_long_double(void) {
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (size_t size = 0; size <= SIZES; size++) {
+            double numbers[SIZES + 1];
+            test_now.seed = size;
+            uint64_t state = size;
+            long double sum = 0;
+            for (size_t i = 0; i < size; i++) {
+                numbers[i] = (double)(float)((test_uniform(&state) - 0.5) * 1e3);
+                sum += (long double)numbers[i] * (long double)numbers[i];
+            }
+            void *block = block_of(numbers, size, width);
+            const double expected = (double)sqrtl(sum);
+            const double norm = measure(block, size, width);
+            REQUIRE(size == 0 ? norm == 0.0 : near(norm, expected) < 1e-15,
+                    "%zu numbers of %zu bytes: %.17g, not %.17g", size, width, norm, expected);
+            free(block);
+        }
+    }
+}
+
+static void norm_has_the_range_of_its_numbers(void) {
+    static const double of_floats[] = {0x1p-149, 0x1p-126, 1e-23, 1e19, FLT_MAX};
+    static const double of_doubles[] = {0x1p-1074, 0x1p-1022, 1e-200, 1e200, 0x1p1020};
+    for (size_t i = 0; i < 5; i++) {
+        float floats[25];
+        double doubles[25];
+        for (size_t j = 0; j < 25; j++) {
+            floats[j] = (float)of_floats[i];
+            doubles[j] = of_doubles[i];
+        }
+        REQUIRE_SAME(5.0 * (double)(float)of_floats[i], measure(floats, 25, 4));
+        REQUIRE(near(measure(doubles, 25, 8), 5.0 * of_doubles[i]) < 1e-15, "%g", of_doubles[i]);
+    }
+    const double beyond[] = {DBL_MAX, DBL_MAX};
+    REQUIRE_SAME((double)INFINITY, measure(beyond, 2, 8));
+}
+
+static void norm_finds_what_is_not_finite(void) {
+    static const double bad[] = {(double)NAN, (double)INFINITY, -(double)INFINITY};
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (size_t at = 0; at < SIZES; at++) {
+            for (size_t i = 0; i < 3; i++) {
+                double numbers[SIZES] = {0};
+                numbers[at] = bad[i];
+                void *block = block_of(numbers, SIZES, width);
+                const double norm = measure(block, SIZES, width);
+                REQUIRE(i == 0 ? isnan(norm) : isinf(norm) && norm > 0, "number %zu is %g, norm %g", at, bad[i], norm);
+                free(block);
+            }
+        }
+    }
+}
+
+static void scaling_rounds_each_number_once_and_touches_no_other(void) {
+    static const double factors[] = {0.3, 1.0, 0x1p-140, 0.0};
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (size_t size = 0; size <= SIZES; size++) {
+            double numbers[SIZES + 1];
+            uint64_t addresses[4];
+            uint64_t sizes[4];
+            void *blocks[4];
+            uint64_t state = size;
+            for (size_t i = 0; i < size; i++) numbers[i] = (double)(float)(test_uniform(&state) - 0.5);
+            for (size_t i = 0; i < 4; i++) {
+                blocks[i] = block_of(numbers, size, width);
+                addresses[i] = address_of(blocks[i]);
+                sizes[i] = size;
+            }
+            autoclip_tensors_scale(addresses, sizes, 4, width, factors);
+            for (size_t i = 0; i < 4; i++) {
+                for (size_t j = 0; j < size; j++) {
+                    if (width == sizeof(float)) {
+                        const float expected = (float)numbers[j] * (float)factors[i];
+                        REQUIRE_SAME((double)expected, (double)((float *)blocks[i])[j]);
+                    } else {
+                        REQUIRE_SAME(numbers[j] * factors[i], ((double *)blocks[i])[j]);
+                    }
+                }
+                free(blocks[i]);
+            }
+        }
+    }
+}
+
+static void factor_of_one_writes_nothing(void) {
+    static const float constant[3] = {1.0F, 2.0F, 3.0F}; /* in memory that cannot be written to */
+    const uint64_t address = address_of(constant);
+    const uint64_t size = 3;
+    const double factor = 1.0;
+    autoclip_tensors_scale(&address, &size, 1, 4, &factor);
+    REQUIRE_SAME(sqrt(14.0), measure(constant, 3, 4));
+}
+
+TEST_MAIN(TEST(norm_is_that_of_long_double), TEST(norm_has_the_range_of_its_numbers),
+          TEST(norm_finds_what_is_not_finite), TEST(scaling_rounds_each_number_once_and_touches_no_other),
+          TEST(factor_of_one_writes_nothing));
