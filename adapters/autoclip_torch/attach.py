@@ -24,7 +24,7 @@ from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import moved
+from autoclip_torch.gradients import as_tensor, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -325,7 +325,7 @@ class StepHooks:
         measured = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = measured.norms.isfinite().all().logical_not().float()
+            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
         steps = self._pipeline.decide(measured, found_inf)
         gradients = measured.gradients
         fused = gradients.plain and _is_fused(optimizer)

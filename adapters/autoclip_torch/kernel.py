@@ -6,8 +6,8 @@ What shaped this module, and must stay true:
   no subclass, nothing that a transform or a mode of torch watches over, no gaps.
 - Torch is told of every write: autograd must see that a gradient has changed.
 - Sums are of doubles, and a norm depends neither on the order of the tensors nor on the number of threads.
-- Nothing is kept from step to step. `zero_grad` makes every gradient a new tensor, and where it does not, the same
-  tensor may have other memory by now.
+- No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
+  not, the same tensor may have other memory by now.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import ctypes
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from math import hypot
+from itertools import islice
+from math import gcd, hypot
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,65 +60,91 @@ def is_usable() -> bool:
     )
 
 
-class Memory:
-    """The elements of tensors, as the kernel takes them.
+class Layout:
+    """What the kernel must know of tensors besides their addresses. Those of the next step have the same, as a rule.
 
     Args:
-        tensors: of one dtype.
-        addresses: of each, none of them 0.
+        tensors: of one dtype, each of which has an `address`. They are not kept.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-        self._tensors = tensors
-        self._width = _WIDTHS[tensors[0].dtype]
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.width = _WIDTHS[tensors[0].dtype]
         sizes = list(map(Tensor.numel, tensors))
-        self._pieces = [-(-size // _PIECE) for size in sizes] if max(sizes) > _PIECE else None  # of each tensor
-        if self._pieces is not None:
-            pieces = [
-                (begin + self._width * at, min(_PIECE, size - at))
-                for begin, size in zip(addresses, sizes, strict=True)
-                for at in range(0, size, _PIECE)
-            ]
-            addresses, sizes = zip(*pieces, strict=True)  # type: ignore[assignment]
-        threads = max(1, min(torch.get_num_threads(), sum(sizes) // _SHARE))
-        self._shares = [(array("Q", addresses[at::threads]), array("Q", sizes[at::threads])) for at in range(threads)]
+        self.total = sum(sizes)
+        self.pieces = [-(-size // _PIECE) for size in sizes] if max(sizes) > _PIECE else None  # of each tensor
+        self._starts: list[tuple[int, int]] = []  # of pieces: which tensor, and bytes from its beginning
+        if self.pieces is not None:
+            places = [(at, first) for at, size in enumerate(sizes) for first in range(0, size, _PIECE)]
+            self._starts = [(at, self.width * first) for at, first in places]
+            sizes = [min(_PIECE, sizes[at] - first) for at, first in places]
+        self.sizes = array("Q", sizes)  # of the pieces
+        # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
+        # device, sparse tensors and all wrappers), dtype, device, shape and strides. It takes all tensors in one call.
+        guards = torch._C._dynamo.guards.TensorGuards
+        self._guards = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def find(self, tensors: Sequence[Tensor]) -> list[int] | None:
+        """Return the address of each tensor, if these are as many as before, and like them; None if they are not."""
+        if not self._guards.check(*tensors):
+            return None
+        try:
+            addresses = list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a wrapper that hides from whoever asks
+            return None
+        is_memory = all(addresses) and gcd(self.width, *addresses) == self.width
+        return addresses if is_memory else None
+
+    def split(self, addresses: list[int]) -> list[int]:
+        """Return the address of each piece."""
+        return addresses if self.pieces is None else [addresses[at] + start for at, start in self._starts]
+
+
+class Memory:
+    """The elements of tensors, as the kernel takes them."""
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensor], addresses: list[int]) -> None:
+        self._layout = layout
+        self._tensors = tensors
+        self._addresses = array("Q", layout.split(addresses))
 
     def norms(self) -> list[float]:
         """Return the L2 norm of each tensor."""
-        count = sum(len(sizes) for _, sizes in self._shares)
-        norms = self._call("autoclip_tensors_measure", [0.0] * count)
-        if self._pieces is None:
+        numbers = array("d", bytes(8 * len(self._addresses)))
+        self._call("autoclip_tensors_measure", numbers)
+        norms = numbers.tolist()
+        if self._layout.pieces is None:
             return norms
         pieces = iter(norms)
-        return [joint_norm([next(pieces) for _ in range(count)]) for count in self._pieces]
+        return [joint_norm(list(islice(pieces, count))) for count in self._layout.pieces]
 
     def scale_(self, factors: Sequence[float]) -> None:
         """Multiply each tensor by its factor."""
         changed = [tensor for tensor, factor in zip(self._tensors, factors, strict=True) if factor != 1.0]
         torch.autograd.graph.increment_version(changed)
-        if self._pieces is not None:
-            counts = zip(factors, self._pieces, strict=True)
+        if self._layout.pieces is not None:
+            counts = zip(factors, self._layout.pieces, strict=True)
             factors = [factor for factor, count in counts for _ in range(count)]
-        self._call("autoclip_tensors_scale", factors)
+        self._call("autoclip_tensors_scale", array("d", factors))
 
-    def _call(self, name: str, values: Sequence[float]) -> list[float]:
-        """Call a function of the kernel with a number for each piece; return what the numbers are afterwards."""
-        function = getattr(_library(), name)
-        threads = len(self._shares)
-
-        def call(at: int) -> array[float]:
-            addresses, sizes = self._shares[at]
-            numbers = array("d", values[at::threads])
-            function(_begin(addresses), _begin(sizes), len(sizes), self._width, _begin(numbers))
-            return numbers
-
+    def _call(self, name: str, numbers: array[float]) -> None:
+        """Call a function of the kernel with a number for each piece, which it may change."""
+        function, sizes, width = getattr(_library(), name), self._layout.sizes, self._layout.width
+        threads = 1 if self._layout.total < 2 * _SHARE else min(torch.get_num_threads(), self._layout.total // _SHARE)
         if threads == 1:
-            return call(0).tolist()
-        after = [0.0] * len(values)
+            function(_begin(self._addresses), _begin(sizes), len(sizes), width, _begin(numbers))
+            return
+
+        def call(share: slice) -> array[float]:
+            part = numbers[share]
+            addresses, few = self._addresses[share], sizes[share]
+            function(_begin(addresses), _begin(few), len(few), width, _begin(part))
+            return part
+
+        shares = [slice(at, None, threads) for at in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
-            for at, numbers in enumerate(pool.map(call, range(threads))):
-                after[at::threads] = numbers
-        return after
+            parts = list(pool.map(call, shares))
+        for share, part in zip(shares, parts, strict=True):
+            numbers[share] = part
 
 
 def joint_norm(norms: Sequence[float]) -> float:

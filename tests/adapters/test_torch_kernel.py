@@ -3,6 +3,8 @@
 Norms are judged by torch in float64, scaled gradients by torch's own product.
 """
 
+import copy
+import pickle
 from math import inf, isnan
 
 import numpy as np
@@ -54,7 +56,7 @@ def norm_of(grads):
 
 
 def measured(grads):
-    return Gradients([params_of(grads)]).norms().tolist()[0]
+    return Gradients([params_of(grads)]).norms()[0]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -111,7 +113,7 @@ def test_float32_norm_overflows_where_squares_do_in_torch():
     norms = {}
     for number in (1.8e19, 1.9e19):
         gradients = Gradients([params_of([torch.tensor([number, 1.0])])])
-        norms[number] = [gradients.norms(least).item() for least in FLOATS]
+        norms[number] = [gradients.norms(least)[0] for least in FLOATS]
     assert norms == {1.8e19: pytest.approx([1.8e19] * 2), 1.9e19: pytest.approx([inf, 1.9e19])}
 
 
@@ -229,6 +231,71 @@ def test_kernel_takes_dense_tensors_in_any_order(make):
     step = clip.step()
     assert step.norm == pytest.approx(norm_of([before]), rel=1e-12)
     assert torch.equal(grad, before * torch.tensor(step.scale))
+
+
+def given(params, grads):
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def test_new_gradients_like_those_before_are_collected_at_once(monkeypatch):
+    params = params_of(grads_of(5, 20))
+    clip = AutoClip(params)
+    clip.step()
+    monkeypatch.setattr(kernel, "address", lambda tensor: pytest.fail("one tensor after the other"))
+    for seed in range(1, 4):
+        grads = grads_of(5, 20, seed=seed)
+        expected = norm_of(grads)
+        given(params, grads)
+        assert clip.step().norm == pytest.approx(expected, rel=1e-12)
+
+
+CHANGED = {
+    **LEFT_TO_TORCH,
+    "float64": lambda: torch.randn(8, dtype=torch.float64),
+    "complex": lambda: torch.randn(8, dtype=torch.complex64),
+    "fewer": lambda: torch.randn(7),
+    "shape": lambda: torch.randn(2, 4),
+    "parameter": lambda: nn.Parameter(torch.randn(8)),
+    "released": lambda: released(torch.randn(8)),
+}
+
+
+def released(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_layout_is_not_that_of_other_tensors(make):
+    grads = grads_of(3, 8)
+    layout = kernel.Layout(grads)
+    assert layout.find(grads_of(3, 8, seed=1))
+    assert layout.find([grads[0], make(), grads[2]]) is None
+
+
+def test_layout_counts_a_tensor_once():
+    grads = grads_of(3, 8)
+    assert kernel.Layout(grads).find([grads[0], grads[1], grads[1]]) is None
+
+
+def test_gradients_of_other_parameters_than_before_are_not_mistaken():
+    params = params_of(grads_of(3, 10))
+    clip = AutoClip(params, scope="parameter")
+    for number, given_ones in enumerate([(0, 1, 2), (0, 1), (1, 2), (0, 1, 2), (2,)]):
+        grads = grads_of(3, 10, seed=number)
+        given(params, [grad if at in given_ones else None for at, grad in enumerate(grads)])
+        expected = {str(at): pytest.approx(norm_of([grads[at]]), rel=1e-12) for at in given_ones}
+        assert {name: step.norm for name, step in clip.step().items()} == expected
+
+
+def test_copy_and_pickle_after_steps_go_on():
+    params = params_of(grads_of(3, 10))
+    clip = AutoClip(params)
+    clip.step()
+    for copied in (copy.deepcopy(clip), pickle.loads(pickle.dumps(clip))):
+        assert copied.steps == 1
+        assert copied.threshold == clip.threshold
 
 
 def test_kernel_does_nothing_under_a_transform_or_a_mode():
