@@ -13,6 +13,7 @@ Facts about optimizers that shaped this module:
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -185,10 +186,10 @@ class StepHooks:
         self._looked_after = 0  # steps
         self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
         self._warned: set[str] = set()
+        self._untraced = _untraced_hooks()
         self._handles = [
-            # What reads values on the host is not for torch.compile to trace.
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def is_on(self) -> bool:
@@ -272,6 +273,9 @@ class StepHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            before, _ = self._untraced
+            return before(self, optimizer, args, kwargs)
         if self._is_stepping:  # or did not get as far as the hook behind the step, because it failed
             if is_nested(optimizer):
                 self._has_nested = True
@@ -305,6 +309,10 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_clip}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _, after = self._untraced
+            after(self, optimizer, args, kwargs)
+            return
         if self._has_nested and is_nested(optimizer):
             return
         if self._first is not None:
@@ -358,13 +366,15 @@ class StepHooks:
     ) -> None:
         """Have the optimizer divide the gradients in its own pass."""
         if isinstance(steps, DeviceStep):
+            # Infinity if the step is dropped: then nothing is divided by it.
             scale = steps.scale[0].float()
+            divisor = scale.reciprocal() if grad_scale is None else moved(grad_scale, scale.device) / scale
         elif steps[0].scale == 1.0:
             return
+        elif grad_scale is None:
+            divisor = torch.tensor(1.0 / steps[0].scale, dtype=torch.float32, device="cpu")
         else:
-            scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
-        # Infinity if the step is dropped: then nothing is divided by it.
-        divisor = 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale
+            divisor = grad_scale / steps[0].scale
         self._lend(optimizer, "grad_scale", divisor)
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
@@ -421,6 +431,13 @@ class StepHooks:
                 f"This {self._name} shares parameters with another attached optimizer, which has clipped the gradients "
                 "before: AutoClip remembers norms that are clipped. Attach to one of them, or call backward() for each."
             )
+
+
+@cache
+def _untraced_hooks() -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Return the hooks for an optimizer that is traced: what reads values is not for torch.compile to follow."""
+    disable: Any = torch.compiler.disable
+    return disable(StepHooks._before_step), disable(StepHooks._after_step)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

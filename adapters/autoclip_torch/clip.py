@@ -203,7 +203,7 @@ class AutoClip:
             pipeline.leave(gradients, steps)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            every = enumerate(zip(*steps, strict=True))
+            every = enumerate(zip(*(field.unbind() for field in steps), strict=True))
             steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if pipeline.groups.scope == "global":
             return steps[0]

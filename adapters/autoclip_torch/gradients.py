@@ -65,6 +65,7 @@ class Gradients:
     count: int  # of the groups
     first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
+    devices: set[torch.device]  # on which there are gradients
     plain: bool  # whether there are no DTensors
     pattern: Pattern | None = None  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
@@ -85,7 +86,7 @@ class Gradients:
         module = sys.modules.get("torch.distributed.tensor")
         self._dtensor: Any = () if module is None else module.DTensor
         kinds = set(map(type, chain.from_iterable(groups))) if self._dtensor else ()
-        self.plain = not any(issubclass(kind, self._dtensor) for kind in kinds)
+        self.plain = not kinds or not any(issubclass(kind, self._dtensor) for kind in kinds)
         self._shards_of: dict[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
         if not self.plain:
             dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
@@ -94,10 +95,13 @@ class Gradients:
             _place_like_params(dtensors)
         if pattern is None or not self._take(groups, pattern):
             self._collect(groups)
-        if self.first is None:
-            self.device = next((param.device for params in groups for param in params), _CPU)
+        self.devices = {device for device, *_ in self._batches}
+        if device in self.devices:
+            self.device = device
+        elif self.first is not None:
+            self.device = self.first.device
         else:
-            self.device = device if device in self.devices else self.first.device
+            self.device = next((param.device for params in groups for param in params), _CPU)
 
     def _take(self, groups: Sequence[Sequence[Tensor]], pattern: Pattern) -> bool:
         """Take all gradients at once if they have this pattern; return whether they have."""
@@ -161,11 +165,6 @@ class Gradients:
     def is_shared(self) -> bool:
         """Whether norms are added up over ranks."""
         return self._process_group is not None or any(self._shards_of.values())
-
-    @property
-    def devices(self) -> set[torch.device]:
-        """The devices on which there are gradients."""
-        return {device for device, *_ in self._batches}
 
     @property
     def present(self) -> set[int]:
@@ -284,7 +283,7 @@ class _Batch(NamedTuple):
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
-        if all(scale == 1.0 for scale in scales.values()):
+        if set(scales.values()) == {1.0}:
             return
         factors = [scales[index] for index in self.indices]
         if self.memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph

@@ -309,23 +309,22 @@ class Pipeline:
 
     def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
-        items = list(self._clips.items())
+        names, clips = list(self._clips), list(self._clips.values())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
         order: Iterable[int] = norms
         if not all(map(isfinite, norms.values())):
             order = sorted(norms, key=lambda index: isfinite(norms[index]))
         steps = {}
         for index in order:
-            name, clip = items[index]
             try:
-                steps[index] = clip.observe(norms[index])
+                steps[index] = clips[index].observe(norms[index])
             except NonFiniteNormError as error:
                 if self.groups.scope != "global":
-                    error.add_note(f"It is the norm of the group {name!r}.")
+                    error.add_note(f"It is the norm of the group {names[index]!r}.")
                 raise
         if steps:
-            self.latest = {items[index][0]: steps[index] for index in norms}
-            self.clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+            self.latest = {names[index]: steps[index] for index in norms}
+            self.clipped_shares.append(sum([step.clipped for step in steps.values()]) / len(steps))
             self._watch(hypot(*norms.values()))
         return steps
 
@@ -356,5 +355,7 @@ def _found(norms: list[float]) -> dict[int, float]:
 
 def _is_deferred_on(gradients: Gradients) -> bool:
     """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
-    devices = gradients.devices or {gradients.device}
-    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)
+    for device in gradients.devices or {gradients.device}:
+        if device.type not in _DEFERRED_BY_ITSELF or not has_float64(device):
+            return False
+    return True
