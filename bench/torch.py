@@ -32,8 +32,8 @@ gradients before every step, outside of the timing, the same ones for every subj
 large as theirs, so that AutoClip clips nine steps in ten, as it does at its default of the 10th percentile. Subjects
 take turns in every round; each number is the median of {rounds} rounds, in microseconds per step, on the CPU with
 {threads} threads. A step inside a fused optimizer has no clipping of its own to time, so it is compared with
-`clip_grad_norm_` followed by the same fused optimizer. A deferred step is what the host of an accelerator has to do, here
-with gradients on the CPU, where operations are done at once, so that their time is in it."""
+`clip_grad_norm_` followed by the same fused optimizer. A deferred step is what the host of an accelerator has to do,
+here with gradients on the CPU, where operations are done at once, so that their time is in it."""
 
 SIGMA = 0.3  # of the logarithm of the norms
 

@@ -275,7 +275,8 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():
             before, _ = self._untraced
-            return before(self, optimizer, args, kwargs)
+            changed: tuple[tuple[Any, ...], dict[str, Any]] | None = before(self, optimizer, args, kwargs)
+            return changed
         if self._is_stepping:  # or did not get as far as the hook behind the step, because it failed
             if is_nested(optimizer):
                 self._has_nested = True
