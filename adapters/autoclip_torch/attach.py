@@ -367,15 +367,13 @@ class StepHooks:
     ) -> None:
         """Have the optimizer divide the gradients in its own pass."""
         if isinstance(steps, DeviceStep):
-            # Infinity if the step is dropped: then nothing is divided by it.
             scale = steps.scale[0].float()
-            divisor = scale.reciprocal() if grad_scale is None else moved(grad_scale, scale.device) / scale
         elif steps[0].scale == 1.0:
             return
-        elif grad_scale is None:
-            divisor = torch.tensor(1.0 / steps[0].scale, dtype=torch.float32, device="cpu")
         else:
-            divisor = grad_scale / steps[0].scale
+            scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
+        # Infinity if the step is dropped: then nothing is divided by it.
+        divisor = scale.reciprocal() if grad_scale is None else moved(grad_scale, scale.device) / scale
         self._lend(optimizer, "grad_scale", divisor)
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:

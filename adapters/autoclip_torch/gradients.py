@@ -2,8 +2,9 @@
 
 What shaped this module, and must stay true:
 
-- On a CPU the compiled kernel does the work, in double precision (kernel.py). What it must not touch, and all else, is
-  left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches the host.
+- On a CPU the compiled kernel takes all but large tensors, in double precision (kernel.py). What it must not touch, and
+  all else, is left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches
+  the host.
 - One pass reads the gradients to measure them, one scales them. Where the host does not know whether the update is
   dropped, one more sets them to zero or leaves them: torch has no function that does both at once.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.

@@ -5,7 +5,7 @@ What shaped this module, and must stay true:
 - The compiled kernel reads and writes memory behind torch's back. So it gets only tensors that are nothing but memory:
   no subclass, nothing that a transform or a mode of torch watches over, no gaps.
 - Torch is told of every write: autograd must see that a gradient has changed.
-- Sums are of doubles, and a norm depends neither on the order of the tensors nor on the number of threads.
+- Sums are of doubles, and a norm does not depend on the order of the tensors.
 - No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
   not, the same tensor may have other memory by now.
 """
@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import islice
 from math import gcd, hypot
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +28,9 @@ if TYPE_CHECKING:
 
 _WIDTHS = {torch.float32: 4, torch.float64: 8}
 
-# In elements. Threads share out pieces of tensors, and each is given what takes half a millisecond at least, beside
-# which its start does not matter.
-_PIECE = 2**20
-_SHARE = 2**22
+# In elements. Torch shares out a larger tensor to threads of its own. They spin for a while after each task, and would
+# keep threads of ours from their processors.
+_MOST = 2**18
 
 
 def address(tensor: Tensor) -> int:
@@ -45,7 +42,7 @@ def address(tensor: Tensor) -> int:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
         if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)):
             return 0
-        found = tensor.data_ptr()
+        found = tensor.data_ptr() if tensor.numel() <= _MOST else 0
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return 0
     return 0 if found % width else found
@@ -69,15 +66,7 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.width = _WIDTHS[tensors[0].dtype]
-        sizes = list(map(Tensor.numel, tensors))
-        self.total = sum(sizes)
-        self.pieces = [-(-size // _PIECE) for size in sizes] if max(sizes) > _PIECE else None  # of each tensor
-        self._starts: list[tuple[int, int]] = []  # of pieces: which tensor, and bytes from its beginning
-        if self.pieces is not None:
-            places = [(at, first) for at, size in enumerate(sizes) for first in range(0, size, _PIECE)]
-            self._starts = [(at, self.width * first) for at, first in places]
-            sizes = [min(_PIECE, sizes[at] - first) for at, first in places]
-        self.sizes = array("Q", sizes)  # of the pieces
+        self.sizes = array("Q", map(Tensor.numel, tensors))
         # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
         # device, sparse tensors and all wrappers), dtype, device, shape and strides. It takes all tensors in one call.
         guards = torch._C._dynamo.guards.TensorGuards
@@ -94,10 +83,6 @@ class Layout:
         is_memory = all(addresses) and gcd(self.width, *addresses) == self.width
         return addresses if is_memory else None
 
-    def split(self, addresses: list[int]) -> list[int]:
-        """Return the address of each piece."""
-        return addresses if self.pieces is None else [addresses[at] + start for at, start in self._starts]
-
 
 class Memory:
     """The elements of tensors, as the kernel takes them."""
@@ -105,46 +90,24 @@ class Memory:
     def __init__(self, layout: Layout, tensors: Sequence[Tensor], addresses: list[int]) -> None:
         self._layout = layout
         self._tensors = tensors
-        self._addresses = array("Q", layout.split(addresses))
+        self._addresses = array("Q", addresses)
 
     def norms(self) -> list[float]:
         """Return the L2 norm of each tensor."""
-        numbers = array("d", bytes(8 * len(self._addresses)))
-        self._call("autoclip_tensors_measure", numbers)
-        norms = numbers.tolist()
-        if self._layout.pieces is None:
-            return norms
-        pieces = iter(norms)
-        return [joint_norm(list(islice(pieces, count))) for count in self._layout.pieces]
+        norms = array("d", bytes(8 * len(self._addresses)))
+        self._call("autoclip_tensors_measure", norms)
+        return norms.tolist()
 
     def scale_(self, factors: Sequence[float]) -> None:
         """Multiply each tensor by its factor."""
         changed = [tensor for tensor, factor in zip(self._tensors, factors, strict=True) if factor != 1.0]
         torch.autograd.graph.increment_version(changed)
-        if self._layout.pieces is not None:
-            counts = zip(factors, self._layout.pieces, strict=True)
-            factors = [factor for factor, count in counts for _ in range(count)]
         self._call("autoclip_tensors_scale", array("d", factors))
 
     def _call(self, name: str, numbers: array[float]) -> None:
-        """Call a function of the kernel with a number for each piece, which it may change."""
-        function, sizes, width = getattr(_library(), name), self._layout.sizes, self._layout.width
-        threads = 1 if self._layout.total < 2 * _SHARE else min(torch.get_num_threads(), self._layout.total // _SHARE)
-        if threads == 1:
-            function(_begin(self._addresses), _begin(sizes), len(sizes), width, _begin(numbers))
-            return
-
-        def call(share: slice) -> array[float]:
-            part = numbers[share]
-            addresses, few = self._addresses[share], sizes[share]
-            function(_begin(addresses), _begin(few), len(few), width, _begin(part))
-            return part
-
-        shares = [slice(at, None, threads) for at in range(threads)]
-        with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(call, shares))
-        for share, part in zip(shares, parts, strict=True):
-            numbers[share] = part
+        """Call a function of the kernel with a number for each tensor, which it may change."""
+        sizes, width = self._layout.sizes, self._layout.width
+        getattr(_library(), name)(_begin(self._addresses), _begin(sizes), len(sizes), width, _begin(numbers))
 
 
 def joint_norm(norms: Sequence[float]) -> float:

