@@ -313,6 +313,16 @@ def targets(measured: Measurements, shapes: Sequence[str], layers: str) -> list[
     return [[question, shown(value), target] for question, value, target in rows]
 
 
+def beside_torch(measured: Measurements, shapes: Sequence[str]) -> str:
+    rows = []
+    for stream in shapes:
+        ours, torchs = (
+            measured.median("clip", stream, size, subject, "us") for subject, size in ((CLIP, MANY), (TORCH, 0))
+        )
+        rows.append([stream.replace(" x ", " of "), shown(ours), shown(torchs), shown(ratio(ours, torchs))])
+    return table(["gradients", "AutoClip.step, us", "clip_grad_norm_, us", "ratio"], rows)
+
+
 def report(
     measured: Measurements, facts: dict[str, str], shapes: Sequence[str], layers: str, *, rounds: int, quick: bool
 ) -> str:
@@ -328,6 +338,8 @@ def report(
         OPENING.format(rounds=rounds, threads=torch.get_num_threads()),
         "## Against the targets",
         table(["question", "measured", "target"], targets(measured, shapes, layers)),
+        "## Beside clip_grad_norm_, by the number and the size of gradients",
+        beside_torch(measured, shapes),
         "## Microseconds per step",
         table(["what", "gradients", "subject", "norms stored", "us"], rows),
         facts_table(facts),
