@@ -59,8 +59,8 @@ __all__ = [
     "take_step",
 ]
 
-# The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
-# history), and a rank times a digit of the percentile has to fit.
+#: The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a
+#: long history), and a rank times a digit of the percentile has to fit.
 MAX_WINDOW = 2**24
 
 _BASE = 128

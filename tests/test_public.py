@@ -1,7 +1,12 @@
 """Every public name is shown to type checkers as a user writes it, and stands in the reference."""
 
 import ast
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -57,3 +62,71 @@ def test_type_checkers_see_each_method_as_a_user_writes_it(path):
     members = members_of(path)
     assert len(members) > 5
     assert members - words_of("tests/programs/typed.py") == set()
+
+
+# The site.
+
+
+class Page(HTMLParser):
+    """The ids of a page, and what it refers to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.targets = set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.add(value)
+            elif name in {"href", "src"}:
+                self.targets.add(value)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Every page of the site by its path; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site").resolve()
+    options = ["-q", "--fail-on-warning", "--keep-going", "-c", ".docs", "-d", folder / "doctrees"]
+    command = [sys.executable, "-P", "-m", "sphinx", *options, ".", folder / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {path: Page(path) for path in sorted((folder / "site").rglob("*.html"))}
+
+
+def test_each_link_of_the_site_leads_somewhere(site):
+    checked = 0
+    for path, page in site.items():
+        for target in page.targets:
+            scheme, host, name, _, _, fragment = urlparse(target)
+            if scheme or host or (not name and not fragment):
+                continue
+            file = path.parent.joinpath(unquote(name)).resolve() if name else path
+            assert file.is_file(), f"{path.name} refers to {target}"
+            if file in site and fragment:
+                assert unquote(fragment) in site[file].ids, f"{path.name} refers to {target}"
+            checked += 1
+    assert checked > 1000
+
+
+def test_site_has_each_page_of_the_repository(site):
+    [root] = {path.parent for path in site if path.name == "genindex.html"}
+    patterns = ("README.md", "[a-z]*/README.md", "[a-z]*/*/README.md", "tests/*.md", ".github/*.md", "CHANGELOG.md")
+    pages = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert len(pages) > 10
+    assert [page for page in pages if root / page.relative_to(ROOT).with_suffix(".html") not in site] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_reference_has_each_name(site, module):
+    ids = set().union(*(page.ids for page in site.values()))
+    names = {f"{module}.{name}" for name in names_of(module)}
+    assert {name for name in names if not {name, f"module-{name}"} & ids} == set()
+
+
+def test_reference_has_each_name_of_the_header(site):
+    ids = set().union(*(page.ids for page in site.values()))
+    header = (ROOT / "csrc/include/autoclip.h").read_text(encoding="utf-8")
+    names = {*re.findall(r"\b(autoclip_\w+)\(", header), *re.findall(r"^#define (AUTOCLIP_\w+) ", header, re.MULTILINE)}
+    assert len(names) > 40
+    assert {name for name in names if f"c.{name}" not in ids} == set()
