@@ -5,6 +5,7 @@
 ## make engines  the same training under DeepSpeed, FSDP, Accelerate, Lightning, the Trainer and Ray, against one process
 ## make coverage  that the tests reach every line and branch of the kernel, and 95 % of the lines of each package
 ## make soak    the long forms of the tests, with their figures: most of a day; SOAK="--help" for parts and options
+## make docs    the site: these pages and a reference, in build/site/README.html; every warning is an error
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -20,7 +21,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak bench format clean tools static
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak docs bench format clean tools static
 .PHONY: python python-adapters python-others python-numba
 .PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
@@ -61,6 +62,9 @@ engines:
 	    build/engines/bin/pip install '.[lightning,transformers]' -r tests/engines/requirements.txt
 	AUTOCLIP_BACKEND=native build/engines/bin/python -P tests/engines/run.py $(ENGINES)
 
+docs: .venv/docs
+	python -P -m sphinx -q --fail-on-warning --keep-going -c .docs -d build/doctrees . build/site
+
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
 	AUTOCLIP_BACKEND=native python -m bench torch
@@ -79,7 +83,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # Constrained twice because newer pips read the second name, and it alone, for the environment of the build.
-.venv/demo .venv/test .venv/bench: .venv/%: constraints.txt $(SOURCES) | .venv/bin/python
+.venv/demo .venv/test .venv/bench .venv/docs: .venv/%: constraints.txt $(SOURCES) | .venv/bin/python
 	AUTOCLIP_REQUIRE_NATIVE=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	    python -m pip install '.[$*]'
 	touch $@
