@@ -18,8 +18,11 @@ SOURCES := $(shell find csrc autoclip_core adapters -not -path '*__pycache__*') 
 C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak docs bench format clean tools static python
+endif
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak docs bench format clean tools static
+.PHONY: python python-adapters python-others python-numba
 .PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
 help:
@@ -29,7 +32,10 @@ help:
 demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
-test: tools static c-asan c-tsan c-release c-msan c-fuzz python
+# Two at a time, the longest first; what each says is printed when it ends.
+test: tools static
+	$(MAKE) SIDE_BY_SIDE=1 --jobs=2 --output-sync --keep-going \
+	    python-adapters c-asan c-tsan c-release c-msan c-fuzz python-others python-numba
 
 # From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev; wine,
 # and gcc-mingw-w64-x86-64.
@@ -115,6 +121,13 @@ c-coverage: .venv/test
 soak: .venv/test
 	AUTOCLIP_BACKEND=native python -P tests/programs/soak.py $(SOAK)
 
-python: .venv/test
-	AUTOCLIP_BACKEND=native pytest
+python: python-adapters python-others python-numba
+
+python-adapters: .venv/test
+	AUTOCLIP_BACKEND=native pytest tests/adapters
+
+python-others: .venv/test
+	AUTOCLIP_BACKEND=native pytest --ignore=tests/adapters
+
+python-numba: .venv/test
 	AUTOCLIP_BACKEND=numba pytest tests/core
