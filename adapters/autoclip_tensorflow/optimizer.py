@@ -16,6 +16,7 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
@@ -118,10 +119,10 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         state = first_state(options, percentile)
         if history is not None:
             check_history()
-        if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
+        steps = gradient_accumulation_steps
+        if steps is not None and not (isinstance(steps, Integral) and 2 <= steps < 2**31):
             raise AutoClipValueError(
-                "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
-                f"{gradient_accumulation_steps!r} was given."
+                f"gradient_accumulation_steps must be a whole number of at least 2, or None, but {steps!r} was given."
             )
         super().__init__(learning_rate=0.0, name=name)  # its own rate is never used
         self.inner_optimizer = inner_optimizer
@@ -167,8 +168,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             were dropped one after the other; scalar tensors.
 
         Raises:
-            StateError: in the middle of an epoch on the JAX backend, where the model holds the state; its
-                `jax_state_sync()` gives it back.
+            StateError: in the middle of an epoch on the JAX backend, where the model holds the state. A callback that
+                asks `self.model.optimizer` gets it, for there Keras gives the state back.
         """
         return arrays.metrics(XP, self._value("counts"), self._value("last"))
 
@@ -177,8 +178,8 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         # Then Keras would give the first value that the variable ever had.
         if getattr(variable, "_value", variable) is None and not _is_stateless():
             raise StateError(
-                "During an epoch on the JAX backend the model holds the state of its optimizer; call "
-                "`model.jax_state_sync()` first, which a callback may do (`self.model.jax_state_sync()`)."
+                "During an epoch on Keras's JAX backend the model holds the state of its optimizer; in a callback use "
+                "`self.model.optimizer`, or call `model.jax_state_sync()` first."
             )
         return ops.convert_to_tensor(variable)
 

@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import keras
@@ -244,10 +246,9 @@ def test_inner_optimizer_acts_as_it_does_alone():
     for mine, stock in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_allclose(mine, stock, rtol=1e-6)
     mine, stock = (model.optimizer for model in models)
-    assert [variable.name for variable in mine.variables][-len(stock.variables) :] == [
-        variable.name for variable in stock.variables
-    ]
-    mine.set_weights([ops.ones_like(variable) for variable in mine.variables])
+    names = [[re.sub(r"_?\d+", "", variable.name) for variable in optimizer.variables] for optimizer in (mine, stock)]
+    assert names[0][-len(names[1]) :] == names[1]
+    mine.set_weights([np.ones(variable.shape) for variable in mine.variables])
     assert all((ops.convert_to_numpy(variable) == 1).all() for variable in mine.variables)
 
 
@@ -301,19 +302,19 @@ def test_loss_scaling_around_the_wrapper_swaps_averages_too():
 
 
 def test_metrics_of_a_running_epoch_are_those_of_the_latest_step():
-    seen = []
+    optimizer, seen = make_optimizer(), []
 
     class Callback(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            optimizer = self.model.optimizer
-            if BACKEND == "jax":
-                for read in (optimizer.metrics, lambda: optimizer.percentile):
-                    with pytest.raises(StateError, match=r"model.jax_state_sync\(\)"):
-                        read()
-                self.model.jax_state_sync()
+            for read in (optimizer.metrics, lambda: optimizer.percentile):
+                with (
+                    pytest.raises(StateError, match=r"model.jax_state_sync\(\)") if BACKEND == "jax" else nullcontext()
+                ):
+                    read()
+            assert self.model.optimizer is optimizer  # Keras then gives the state back
             seen.append((numbers(optimizer)["steps"], optimizer.percentile))
 
-    fit(make_model(make_optimizer()), callbacks=[Callback()])
+    fit(make_model(optimizer), callbacks=[Callback()])
     assert seen == [(steps, 30.0) for steps in range(1, 25)]
 
 
@@ -680,7 +681,6 @@ except BackendError as error:
     print("no history")
 """
     assert run_python(code, AUTOCLIP_BACKEND="numba") == "1.5 -2.5\nno history\n"
-    assert run_python(code, AUTOCLIP_BACKEND="native").startswith("1.5 -2.5\n")
 
 
 @on_torch
