@@ -21,8 +21,8 @@ from bench.common import QUICK_NOTE, facts_table, machine_facts, parse, parser, 
 
 OPENING = """\
 What this isolates: a step of AutoClip alone, with a gradient of four numbers, over a window that is full. JAX's kernel
-works in place. JAX's operations, which other devices run too, pass over the whole window; TensorFlow copies it around the
-kernel, and XLA passes over it. Processor time of a step in microseconds, the median of {rounds} rounds."""
+works in place. JAX's operations, which other devices run too, pass over the whole window; TensorFlow copies it around
+the kernel, and XLA passes over it. Processor time of a step in microseconds, the median of {rounds} rounds."""
 
 HEADER = ["norms", "MiB", "JAX, kernel", "JAX, operations", "TensorFlow, kernel", "TensorFlow, XLA"]
 SIZES = (2**14, 2**17, 2**20, 2**24)

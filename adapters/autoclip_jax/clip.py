@@ -24,6 +24,8 @@ from jax import Array
 from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from autoclip_jax import kernel
 
+# Longer than the paper's runs of 80,000 steps, so that the window is the whole history of most runs: 1 MB. A step in
+# the kernel costs as much as with a small one; elsewhere it passes over the window, at the speed of the device's memory.
 DEFAULT_WINDOW = 131_072
 
 # JAX by the names that autoclip_core.arrays uses.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Shorter than JAX's, for a step costs more: TensorFlow copies the window around the kernel, and Keras on JAX passes
+# over it, on the CPU as well. And what was saved with the default has to load. `python -m bench window` measures it.
 DEFAULT_WINDOW = 16_384
 
 
