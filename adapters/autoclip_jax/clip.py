@@ -25,7 +25,7 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, St
 from autoclip_jax import kernel
 
 # Longer than the paper's runs of 80,000 steps, so that the window is the whole history of most runs: 1 MB. A step in
-# the kernel costs as much as with a small one; elsewhere it passes over the window, at the speed of the device's memory.
+# the kernel costs as much as with a small one; elsewhere it passes over the window, at the speed of memory.
 DEFAULT_WINDOW = 131_072
 
 # JAX by the names that autoclip_core.arrays uses.
