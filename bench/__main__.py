@@ -5,16 +5,19 @@ import importlib
 import sys
 from pathlib import Path
 
-NOT_REPORTS = {"__init__", "__main__", "common", "keras"}  # the last is a part of tensorflow
+# Parts of others; `python -m bench.separation` is a program of its own.
+NOT_REPORTS = {"__main__", "bench", "common", "keras", "separation"}
 
 
 def reports() -> dict[str, str]:
-    """Every module of this package that makes a report, with the first line of its docstring; imports none of them."""
+    """Every module or folder here that makes a report, with the first line of its docstring; imports none of them."""
+    folder = Path(__file__).parent
     found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in NOT_REPORTS and not path.stem.startswith("test_"):
-            found[path.stem] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
-    return found
+    for path in [*folder.glob("*.py"), *folder.glob("*/__init__.py")]:
+        name = path.parent.name if path.stem == "__init__" else path.stem
+        if name not in NOT_REPORTS and not name.startswith("test_"):
+            found[name] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def main() -> int:
