@@ -186,7 +186,7 @@ def draw(lost: Table, tasks: Sequence[Task], kind: str, path: Path) -> None:
                 columns.plot(aside, 100 * share, marker="o", markersize=6, color=colours(number))
     valleys.set_xscale("log")
     valleys.set_xlabel("a fixed threshold")
-    valleys.set_ylabel("progress lost, % (0: the best found; 100: nothing learned)")
+    valleys.set_ylabel("progress lost, %\n(0: the best found, 100: nothing learned)")
     columns.set_xticks(range(len(choices)), ["no\nclipping", *(f"AutoClip\n{name}" for name in choices[1:])])
     columns.set_xlim(-0.6, len(choices) - 0.4)
     for panel in (valleys, columns):

@@ -122,8 +122,8 @@ def train(task: Task, seed: int, cells: Sequence[Cell]) -> Results:
     loss_of = vmap(losses(problem), in_dims=(0, None))
     with torch.no_grad():
         judged = [loss_of(dict(zip(names, weights, strict=True)), part) for part in (problem.validation, problem.test)]
-    ends = np.nan_to_num(torch.stack(judged, 1).numpy().astype(np.float64), nan=np.inf)
-    norms = np.nan_to_num(norms, nan=np.inf)
+    ends = torch.stack(judged, 1).numpy().astype(np.float64)
+    ends[np.isnan(ends)] = norms[np.isnan(norms)] = np.inf
     sizes = np.stack([*np.percentile(norms, [50, 99], axis=0, method="lower"), norms.max(0)], 1)
     return {
         cell: Result(*end, problem.trivial, *size, share / task.steps)
