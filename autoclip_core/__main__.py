@@ -39,7 +39,7 @@ _ALSO = (
     "tensorboard",
 )
 _LEFT = {"norms", "setting", "percentile"}  # columns that begin at the left
-_ADVICE = "Why, and measured on what: autoclip_core/README.md, Which percentile?"
+_ADVICE = "What these norms suggest; why: autoclip_core/README.md, Which percentile?"
 _BARS = "▏▎▍▌▋▊▉█"
 
 

@@ -1,5 +1,6 @@
 """bench.regret: trainings side by side are those that torch makes one at a time; clippers do what their authors say."""
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -166,6 +167,9 @@ def test_progress_lost_counts_from_the_best_to_the_trivial():
         Cell(twin.name, NONE, 3.0, 0): result(2.0, 2.0),
         Cell(task.name, NONE, 1.0, 0): result(math.inf, math.inf),
         Cell(task.name, NONE, 3.0, 0): result(9.0, 9.0),
+        Cell(task.name, NONE, 1.0, 1): result(math.inf, math.inf),
+        Cell(task.name, NONE, 3.0, 1): result(9.0, 9.0),
+        Cell(task.name, NONE, 1.0, 2): result(0.0, 0.0),  # of a seed that is not complete
         Cell(task.name, "p = 10", 1.0, 0): result(5.0, 4.0),
         Cell(task.name, "p = 10", 1.0, 1): result(5.0, 6.0),
         Cell(task.name, "p = 10", 3.0, 0): result(2.0, 3.0),
@@ -174,3 +178,55 @@ def test_progress_lost_counts_from_the_best_to_the_trivial():
     lost = lost_in(results, task)
     assert lost[NONE] == pytest.approx((1.0, 7 / 8))
     assert lost["p = 10"] == pytest.approx((3 / 8, 0.0))
+
+
+# --- What the pages say -----------------------------------------------------------------------------------------------
+
+
+def rows_under(title):
+    """A table of the report: the cells of each row by its name."""
+    page = (ROOT / "bench/results/regret/regret.md").read_text("utf-8")
+    lines = page.partition(f"{title}\n")[2].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| ---")) + 1
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    cells = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    return {name: others for name, *others in cells}
+
+
+def mean(cell):
+    return float(cell.partition(" / ")[0])
+
+
+def test_claims_of_the_pages_are_rows_of_the_report():
+    rows = rows_under("## In short")
+    percentiles = [f"p = {p}" for p in (1, 10, 25, 50, 75, 90)]
+    fixed = [name for name in rows if name.startswith("fixed")]
+    clean_here, clean_own, bad_here, _, ruined = range(5)
+    assert {rows[name][ruined] for name in percentiles} == {"0 of 14"}
+    assert len(fixed) == 7
+    assert all(not rows[name][ruined].startswith("0 ") for name in fixed)
+    assert rows["none"][bad_here] == "100.0 / 100.0"
+    assert all(mean(rows[name][bad_here]) < 20.0 for name in percentiles)
+    assert mean(rows["p = 99"][bad_here]) > 50.0
+    assert mean(rows["fixed 1"][clean_own]) <= min(mean(rows[name][clean_own]) for name in percentiles)
+    assert min(mean(rows[name][clean_here]) for name in percentiles) > 0.7 * mean(rows["none"][clean_here])
+
+    optimizers = rows_under("### By optimizer, clean batches")
+    sgd_here, sgd_own, adam_here, adam_own = map(mean, optimizers["p = 10"])
+    assert sgd_here > 2.0 * sgd_own
+    assert adam_here < adam_own + 2.0
+    assert max(mean(optimizers[name][0]) for name in ("p = 75", "p = 90")) < 1.2 * mean(optimizers["none"][0])
+
+    others = rows_under("### Others, as their authors publish them")
+    assert others["ZClip, no cap"][ruined] == "0 of 14"
+    assert not any(others[name][ruined].startswith("0 ") for name in ("ZClip", "AdaGC", "AGC"))
+
+    variants = rows_under("### What the paper leaves open")
+    for percentile in ("p = 10", "p = 90"):
+        for window in (100, 300):
+            windowed = variants[f"{percentile}, window {window}"]
+            pairs = list(zip(map(mean, windowed[:4]), map(mean, variants[percentile][:4]), strict=True))
+            assert all(abs(one - other) < 2.0 for one, other in pairs)
+
+    medians = [float(row[2].replace(",", "")) for row in rows_under("## The scales").values() if row[2] != "inf"]
+    assert max(medians) / min(medians) > 5e3

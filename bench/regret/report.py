@@ -6,14 +6,14 @@ ignores its inputs; a training that diverged lost 100 %. Losses are means over t
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.common import QUICK_NOTE, Options, facts_table, machine_facts, shown, table
-from bench.regret.clippers import MAKERS, NONE, THRESHOLDS, VARIANTS, fixed_name, percentile_name
-from bench.regret.study import Results
+from bench.regret.clippers import MAKERS, NONE, OTHERS, PERCENTILES, THRESHOLDS, VARIANTS, fixed_name, percentile_name
+from bench.regret.study import OPTIMIZERS, Results
 from bench.regret.tasks import CLEAN, SPOILED, TWINS, Task
 
 RUINED = 0.5
@@ -49,10 +49,14 @@ Table = dict[str, dict[str, Lost]]  # task, clipper
 
 
 def means(results: Results, task: str) -> dict[str, dict[float, tuple[float, float]]]:
-    """Validation and test losses by clipper and rate: means over seeds of what is at least the trivial loss."""
+    """Validation and test losses by clipper and rate: means over seeds, none above the trivial loss.
+
+    Nothing is taken of a seed that has only a part of the trainings: clippers are compared over the same seeds.
+    """
     found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    trained = Counter(cell.seed for cell in results if cell.task == task)
     for cell, result in results.items():
-        if cell.task == task:
+        if cell.task == task and trained[cell.seed] == max(trained.values()):
             losses = (min(result.validation, result.trivial), min(result.test, result.trivial))
             found[cell.clipper][cell.rate].append(losses)
     return {
@@ -112,22 +116,19 @@ def rows_of(lost: Table, clippers: Iterable[str], tasks: Sequence[Task], kind: s
     return found
 
 
-def summary(lost: Table, clippers: Iterable[str]) -> str:
-    """Means and worst cases, and how many tasks are ruined, with the rate one has and with the best one."""
+def summary(lost: Table, clippers: Iterable[str], groups: dict[str, Sequence[Task]], *, ruined: bool = True) -> str:
+    """Means and worst cases over groups of tasks; how many tasks are ruined with the rate one has."""
     rows = []
     for clipper in clippers:
         row = [clipper]
-        for tasks in (CLEAN, SPOILED):
-            for kind in Lost._fields:
-                shares = of(lost, tasks, clipper, kind)
-                row += [" / ".join(map(percent, mean_and_worst(shares)))]
-        shares = of(lost, CLEAN + SPOILED, clipper, "same_rate")
-        known = [share for share in shares if share is not None]
-        row.append(f"{sum(share > RUINED for share in known)} of {len(known)}")
+        for tasks in groups.values():
+            shares = [mean_and_worst(of(lost, tasks, clipper, kind)) for kind in Lost._fields]
+            row += [" / ".join(map(percent, share)) for share in shares]
+        known = [share for share in of(lost, CLEAN + SPOILED, clipper, "same_rate") if share is not None]
+        row += [f"{sum(share > RUINED for share in known)} of {len(known)}"] * ruined
         rows.append(row)
-    kinds = ("the rate one has", "its own rate")
-    header = [f"{batches} batches, {kind}" for batches in ("clean", "bad") for kind in kinds]
-    return table(["", *header, "ruined"], rows)
+    header = [f"{group}, {kind}" for group in groups for kind in ("the rate one has", "its own rate")]
+    return table(["", *header, *["ruined"] * ruined], rows)
 
 
 def norms(results: Results, lost: Table, tasks: Iterable[Task]) -> str:
@@ -204,10 +205,11 @@ def draw(lost: Table, tasks: Sequence[Task], kind: str, path: Path) -> None:
 def make_report(results: Results, all_cells: int, options: Options) -> list[Path]:
     tasks = CLEAN + SPOILED
     lost = {task.name: lost_in(results, task) for task in tasks}
-    clippers = [clipper for clipper in MAKERS if clipper not in VARIANTS]
-    by_seed = defaultdict(int)
-    for cell in results:
-        by_seed[cell.seed] += 1
+    batches = {"clean batches": CLEAN, "bad batches": SPOILED}
+    optimizers = {name: [task for task in CLEAN if task.optimizer == name] for name in OPTIMIZERS}
+    own = [clipper for clipper in MAKERS if clipper not in {*OTHERS, *VARIANTS}]
+    ends = [NONE, percentile_name(10.0), percentile_name(90.0)]
+    by_seed = Counter(cell.seed for cell in results)
     opening = OPENING.format(
         tasks=len(tasks),
         cells=len(results),
@@ -219,10 +221,14 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
         "![Progress lost by fixed thresholds, beside AutoClip, with the rate one has](regret.png)",
         "## In short",
         SHORT,
-        summary(lost, clippers),
-        "## What the paper leaves open",
+        summary(lost, own, batches),
+        "### By optimizer, clean batches",
+        summary(lost, [NONE, *map(percentile_name, PERCENTILES)], optimizers, ruined=False),
+        "### Others, as their authors publish them",
+        summary(lost, [*ends, *OTHERS], batches),
+        "### What the paper leaves open",
         OPEN,
-        summary(lost, [percentile_name(10.0), percentile_name(90.0), *VARIANTS]),
+        summary(lost, [*ends, *VARIANTS], batches),
         "## The scales",
         SCALES,
         norms(results, lost, tasks),
