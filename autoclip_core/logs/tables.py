@@ -69,7 +69,7 @@ def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
                     headers.append(number)
                     break
                 series.add(cells[at].replace(",", ".") if split.delimiter == ";" else cells[at], "line", number)
-        if not has_end and any(at == len(cells) - 1 for at, _ in places):
+        if not has_end and any(at >= min(len(cells), width) - 1 for at, _ in places):
             found.notes.append(f"{found.source}: line {number:,} has no end, and {shown(cells[-1])} may be cut.")
     if headers:
         found.notes.append(
@@ -144,6 +144,7 @@ def _rows(
             yield number, line.split(delimiter), line[-1] in "\r\n"
             continue
         cells, is_open = split(line)
+        last = line
         inside: list[tuple[int, str]] = []
         while is_open and open_quotes < _OPEN_QUOTES and len(inside) < _INSIDE:
             more = waiting.popleft() if waiting else next(lines, None)
@@ -154,14 +155,14 @@ def _rows(
                 joined, still_open = split(line + "".join(text for _, text in inside))
                 if not still_open:
                     if len(joined) == width:
-                        cells, is_open = joined, False
+                        cells, is_open, last = joined, False, more[1]
                     break
             if is_row(split(more[1])[0]):
                 break
         if is_open:
             open_quotes, first = open_quotes + 1, first or number
             waiting.extendleft(reversed(inside))
-        yield number, cells, line[-1] in "\r\n"
+        yield number, cells, last[-1] in "\r\n"
     if open_quotes:
         what = "a quote is" if open_quotes == 1 else f"{open_quotes:,} quotes are"
         found.notes.append(f"{found.source}: {what} never closed (line {first:,}), and read as a letter.")

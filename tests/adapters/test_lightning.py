@@ -225,7 +225,8 @@ def test_other_callbacks_see_gradients_before_clipping(make_trainer):
 
     callback = AutoClipCallback()
     make_trainer(callback, Watch()).fit(Module(), make_data())
-    assert sorted(norms) == callback.clips[0].history.values().tolist()
+    # Torch adds up squares in float32, the kernel in float64.
+    assert callback.clips[0].history.values().tolist() == pytest.approx(sorted(norms), rel=1e-6)
 
 
 def test_update_without_a_finite_norm_is_left_out(make_trainer):

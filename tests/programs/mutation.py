@@ -1,11 +1,13 @@
-"""Small faults put into the kernel and the core, one at a time: the tests must notice.
+"""Small faults put into the kernel, the core and the adapters, one at a time: the tests must notice.
 
     python -P tests/programs/mutation.py --count 220
+    python -P tests/programs/mutation.py --count 150 --under adapters
 
 A mutant is a changed operator or constant, a swapped condition, a statement left out. Those of the kernel are judged by
 the C tests, with tiny nodes, with the real ones, and under ASan and UBSan; those of the core by the Python tests, in a
-copy of the installed package. The same seed gives the same mutants, but for those of lines that were edited. What no
-test can tell from the original is named in register.toml.
+copy of the installed package; those of the adapters by the tests of their framework. None is made of the adapters
+unless --under says so, for their tests take minutes. The same seed gives the same mutants, but for those of lines that
+were edited. What no test can tell from the original is named in register.toml.
 
 Judging is quick because most mutants die at once: the tests that know a file best go first, and the rest are run only
 for what survives them.
@@ -29,6 +31,7 @@ import tomllib
 from collections import Counter
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +61,35 @@ KNOWN_BY = {
         for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
     },
 }  # but plot.py: pictures are judged by looking at them
+# The tests that know a file of the adapters best; all others of its framework follow, if there are some.
+ADAPTERS = ROOT / "adapters"
+TORCH = "test_torch_edges test_torch_scopes test_torch test_torch_deferred"
+ADAPTERS_KNOWN_BY = {
+    **{
+        f"autoclip_torch/{name}.py": TORCH
+        for name in ("attach", "clip", "deferred", "gradients", "groups", "pipeline", "repeats")
+    },
+    "autoclip_torch/lightning.py": "test_lightning",
+    "autoclip_torch/plateau.py": "test_torch_plateau",
+    "autoclip_torch/transformers.py": "test_transformers",
+    "autoclip_jax/clip.py": "test_jax",
+    "autoclip_jax/kernel.py": "test_jax_kernel test_jax",
+    "autoclip_tensorflow/clip.py": "test_tensorflow",
+    "autoclip_tensorflow/graph.py": "test_tensorflow",
+    "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
+    "autoclip_tensorflow/dense.py": "keras_suite",
+    "autoclip_tensorflow/logger.py": "keras_suite",
+    "autoclip_tensorflow/optimizer.py": "keras_suite",
+}  # but the demos, and what a device is needed for
+# Of the framework's tests those that add most.
+AFTERWARDS = {
+    "autoclip_torch": "test_torch_device test_torch_zoo test_torch_golden test_torch_compile",
+    "autoclip_jax": "test_jax_surface",
+    "autoclip_tensorflow": "",
+}
+# What takes long, and judges what the rest of the contract judges too.
+LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
+
 KERNEL_TESTS = (
     *("status", "check", "snapshot", "model", "arrays", "xla", "tensorflow", "modes", "faults", "shared", "bounds"),
 )
@@ -123,7 +155,11 @@ class Mutant(NamedTuple):
 
     @property
     def kind(self):
-        return "kernel" if self.file.suffix != ".py" else "Numba" if self.file.parent.name == "_numba" else "core"
+        if self.file.suffix != ".py":
+            return "kernel"
+        if self.file.is_relative_to(ADAPTERS):
+            return self.file.parent.name
+        return "Numba" if self.file.parent.name == "_numba" else "core"
 
     def apply(self):
         source = source_of(self.file)
@@ -244,6 +280,7 @@ def every_mutant():
     files = [file for folder in KERNEL_FOLDERS for file in sorted((KERNEL / folder).glob("*.[ch]"))]
     made = [mutant for file in files for mutant in mutants_of_c(file)]
     made += [mutant for name in KNOWN_BY for mutant in mutants_of_python(CORE / name)]
+    made += [mutant for name in ADAPTERS_KNOWN_BY for mutant in mutants_of_python(ADAPTERS / name)]
     for line in REGISTER["line"]:
         if line.get("mutants", True):
             continue
@@ -263,8 +300,16 @@ def fits(entry, mutant):
 
 
 def mutants(count, seed=0, under=""):
-    """So many mutants: six of eleven in the kernel, four in the core, one in its Numba backend, which takes long."""
+    """So many mutants: six of eleven in the kernel, four in the core, one in its Numba backend, which takes long.
+
+    Under the adapters: two of three in PyTorch's, the rest in the two others.
+    """
     sizes = {"kernel": count - count * 4 // 11 - count // 11, "core": count * 4 // 11, "Numba": count // 11}
+    if under.startswith("adapters"):
+        sizes = dict.fromkeys(("autoclip_jax", "autoclip_tensorflow"), count // 6)
+        sizes["autoclip_torch"] = count - 2 * (count // 6)
+        if under.startswith("adapters/"):
+            sizes = dict.fromkeys(sizes, count)
     seen = Counter()
     lots = {}
     for mutant in every_mutant():
@@ -411,14 +456,55 @@ class CoreTests:
         return True
 
 
+class AdapterTests:
+    """The tests of a framework on a copy of the installed adapter: those that know a file, then others."""
+
+    def __init__(self, folder):
+        self.site = folder / "adapters"
+        for package in AFTERWARDS:
+            installed = Path(find_spec(package).origin).parent
+            shutil.copytree(installed, self.site / package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.patience = {}
+
+    def commands(self, mutant):
+        """What is run one after the other, as long as the mutant survives, and the backend of Keras it needs."""
+        known = ADAPTERS_KNOWN_BY[mutant.file.relative_to(ADAPTERS).as_posix()].split()
+        for name in [*known, *AFTERWARDS[mutant.kind].split()]:
+            pytest = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", LONG]
+            on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
+            yield [*pytest, "--hypothesis-profile=hasty", f"tests/adapters/{name}.py"], on
+
+    def survives(self, mutant):
+        try:
+            compile(mutant.apply(), mutant.file.name, "exec")
+        except SyntaxError:
+            return None
+        changed = self.site / mutant.file.relative_to(ADAPTERS)
+        site = {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1", "AUTOCLIP_BACKEND": "native"}
+        for command, on in self.commands(mutant):
+            options = {"cwd": ROOT, "env": os.environ | site | {"KERAS_BACKEND": on}, "memory": "unlimited"}
+            if (*command, on) not in self.patience:
+                self.patience[*command, on] = patience_for(command, **options)
+            changed.write_text(mutant.apply(), encoding="utf-8")
+            try:
+                if not passes(command, self.patience[*command, on], **options):
+                    return False
+            finally:
+                changed.write_text(source_of(mutant.file), encoding="utf-8")
+        return True
+
+
+TESTS_OF = {"kernel": KernelTests, "core": CoreTests, "Numba": CoreTests}  # and of the adapters theirs
+
+
 def campaign(count, seed=0, say=lambda line: None, under=""):
     """The mutants that were judged, and those of them that survived; what does not compile is no mutant."""
     judged, survived = [], []
     with tempfile.TemporaryDirectory() as folder:
-        kernel, core = KernelTests(Path(folder)), CoreTests(Path(folder))
+        tests_of = cache(lambda tests: tests(Path(folder)))
         for mutant in mutants(count, seed, under):
             began = time.monotonic()
-            verdict = (kernel if mutant.kind == "kernel" else core).survives(mutant)
+            verdict = tests_of(TESTS_OF.get(mutant.kind, AdapterTests)).survives(mutant)
             if verdict is None:
                 continue
             judged.append(mutant)
