@@ -208,10 +208,10 @@ def _replay(options: argparse.Namespace) -> None:
         "them is scaled by less."
     )
     print("\n" + textwrap.fill(legend, _columns()))
-    advice = [(facts["column"], line) for facts in contents for line in facts["advice"]]
-    if advice:
+    suggested = [(facts["column"], line) for facts in contents for line in facts["advice"]]
+    if suggested:
         print("\n" + textwrap.fill(_ADVICE, _columns()))
-    for column, line in advice:
+    for column, line in suggested:
         of = f"{_printable(column)}, " if len(logs) > 1 else ""
         print(textwrap.fill(f"- {of}{line}", _columns(), subsequent_indent="  "))
 
