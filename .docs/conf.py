@@ -51,6 +51,7 @@ _HEADER = Path(__file__).parent.parent / "csrc/include/autoclip.h"
 _PARTS: dict[str, dict[str, list[str]]] = {
     "README": {
         "Use it": [
+            "bench/tutorial/README",
             *(f"adapters/autoclip_{framework}/README" for framework in ("torch", "jax", "tensorflow")),
             *("autoclip_core/README", "adapters/README", "csrc/README"),
         ],
