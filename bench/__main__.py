@@ -5,19 +5,22 @@ import importlib
 import sys
 from pathlib import Path
 
-# Parts of others; `python -m bench.separation` is a program of its own.
-NOT_REPORTS = {"__main__", "bench", "common", "keras", "separation"}
+NOT_REPORTS = {"__init__", "__main__", "common", "keras"}  # the last is a part of tensorflow
 
 
 def reports() -> dict[str, str]:
     """Every module or folder here that makes a report, with the first line of its docstring; imports none of them."""
     folder = Path(__file__).parent
-    found = {}
-    for path in [*folder.glob("*.py"), *folder.glob("*/__init__.py")]:
-        name = path.parent.name if path.stem == "__init__" else path.stem
-        if name not in NOT_REPORTS and not name.startswith("test_"):
-            found[name] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
-    return dict(sorted(found.items()))
+    files = {path.stem: path for path in folder.glob("*.py")} | {
+        path.parent.name: path
+        for path in folder.glob("*/__init__.py")
+        if not path.with_name("__main__.py").exists()  # a program of its own
+    }
+    return {
+        name: (ast.get_docstring(ast.parse(files[name].read_text("utf-8"))) or "").partition("\n")[0]
+        for name in sorted(files)
+        if name not in NOT_REPORTS and not name.startswith("test_")
+    }
 
 
 def main() -> int:
