@@ -284,9 +284,9 @@ class _Batch(NamedTuple):
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
-        if set(scales.values()) == {1.0}:
-            return
         factors = [scales[index] for index in self.indices]
+        if set(factors) == {1.0}:
+            return
         if self.memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
             self.memory.scale_(factors)
         elif len(scales) == 1:

@@ -194,6 +194,19 @@ def test_gradients_left_to_torch_count_beside_the_others(kind, calls):
     assert [count for _, count in calls] == [3, 3]
 
 
+@pytest.mark.parametrize("clipped", [0, 1])
+def test_groups_that_the_kernel_takes_and_others_are_scaled_each_by_itself(clipped):
+    grads = [torch.randn(8), torch.randn(8, dtype=torch.bfloat16)]
+    before = [grad.clone() for grad in grads]
+    clip = AutoClip(params_of(grads), 0.0, scope="parameter")
+    for number, history in enumerate(clip.histories.values()):
+        history.push(1e-3 if number == clipped else 1e6)
+    steps = list(clip.step().values())
+    assert [step.clipped for step in steps] == [number == clipped for number in range(2)]
+    for grad, was, step in zip(grads, before, steps, strict=True):
+        torch.testing.assert_close(grad, was * step.scale)
+
+
 @pytest.mark.parametrize(
     "make",
     [
