@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
+_HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
@@ -135,6 +136,21 @@ class Gradients:
         if self.first is None or not self.first.requires_grad:
             return False
         return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
+
+    @property
+    def rounding(self) -> float:
+        """How far numbers of the coarsest dtype are apart."""
+        return max((torch.finfo(dtype).eps for _, dtype, *_ in self._batches), default=0.0)
+
+    def versions(self) -> int:
+        """Return a number that grows when somebody writes to a gradient so that torch knows it."""
+        if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
+            return 0 if self.first is None else _version(self.first)
+        return sum([_version(tensor) for batch in self._batches.values() for tensor in batch.tensors])
+
+    def heads(self) -> dict[tuple[Any, ...], bytes | list[Tensor]]:
+        """Return the bits of some elements; none if ranks have different ones, for they could not agree."""
+        return {} if self.is_shared else {key: batch.heads() for key, batch in self._batches.items()}
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -238,6 +254,13 @@ class _Batch:
             found = [inf if norm > _MOST else norm for norm in found]
         return torch.tensor(found, dtype=torch.float64, device=_CPU)
 
+    def heads(self) -> bytes | list[Tensor]:
+        """Return the bits of the first elements of the first and of the last tensor."""
+        ends = self.tensors[:1] + self.tensors[1:][-1:]
+        if self._memory is not None:
+            return b"".join(map(kernel.head, ends))
+        return [_head(tensor).contiguous().view(torch.uint8) for tensor in ends]
+
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
         factors = [scales[index] for index in self.indices]
@@ -250,6 +273,19 @@ class _Batch:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
         else:
             torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
+
+
+def _head(tensor: Tensor) -> Tensor:
+    """Return the first elements, shape (elements,)."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[:_HEAD]
+    while tensor.dim() > 1:
+        tensor = tensor[0]
+    return tensor[:_HEAD]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those have none
 
 
 def _is_read_only(grad: Any) -> bool:

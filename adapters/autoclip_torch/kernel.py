@@ -33,6 +33,7 @@ _WIDTHS = {torch.float32: 4, torch.float64: 8}
 # which its start does not matter.
 _PIECE = 2**20
 _SHARE = 2**22
+_HEAD = 256  # bytes
 
 
 def address(tensor: Tensor) -> int:
@@ -48,6 +49,12 @@ def address(tensor: Tensor) -> int:
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return 0
     return 0 if found % width else found
+
+
+def head(tensor: Tensor) -> bytes:
+    """Return the bits of the first elements; of a tensor that `address` does not know by now, none."""
+    found = address(tensor)
+    return ctypes.string_at(found, min(tensor.numel() * tensor.element_size(), _HEAD)) if found else b""
 
 
 def is_usable() -> bool:
