@@ -31,8 +31,36 @@ from autoclip_core.history import NormHistory, check_full_history
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-# The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
-# history), and a rank times a digit of the percentile has to fit.
+__all__ = [
+    "CLIPPED_STEPS",
+    "CLIP_SCALE",
+    "CLIP_THRESHOLD",
+    "GRAD_NORM",
+    "MAX_WINDOW",
+    "NONFINITE_STEPS",
+    "OUTCOME",
+    "RECORDED_STEPS",
+    "STEPS",
+    "check_options",
+    "decide",
+    "deferred_scale",
+    "deferred_table",
+    "deferred_threshold",
+    "initial_state",
+    "metrics",
+    "norm_to_remember",
+    "number_of",
+    "observe",
+    "observe_window",
+    "percentile_digits",
+    "percentile_of",
+    "percentile_of_digits",
+    "remember",
+    "take_step",
+]
+
+#: The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a
+#: long history), and a rank times a digit of the percentile has to fit.
 MAX_WINDOW = 2**24
 
 _BASE = 128

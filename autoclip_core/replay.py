@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PERCENTILES", "Log", "Replay", "each_replay", "read_log", "read_norms", "replay"]
 
+#: What is tried where no percentiles are given.
 PERCENTILES = (1.0, 10.0, 25.0, 50.0, 90.0)
 
 
 class Replay(NamedTuple):
     """One setting, over the whole run.
 
-    percentile: None for a fixed threshold.
-    window: None for the whole history.
-    thresholds: the threshold at each step, shape (steps,).
-    scales: the factor for each gradient, shape (steps,); 0.0 where a norm was not finite.
-    clipped: which steps it would have clipped, shape (steps,).
+    Attributes:
+        percentile: None for a fixed threshold.
+        window: None for the whole history.
+        thresholds: the threshold at each step, shape (steps,).
+        scales: the factor for each gradient, shape (steps,); 0.0 where a norm was not finite.
+        clipped: which steps it would have clipped, shape (steps,).
     """
 
     percentile: float | None

@@ -13,7 +13,7 @@ Facts about optimizers that shaped this module:
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -39,11 +39,13 @@ from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Unpack
 
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from autoclip_core import ClipStep
+    from autoclip_torch.clip import Options
     from autoclip_torch.gradients import Gradients
     from autoclip_torch.groups import Parameters, Scope
     from autoclip_torch.pipeline import Mode, Pipeline
@@ -53,7 +55,29 @@ _MARK = "_autoclip_owner"
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
 _LEAST_FOLDED = 1e-30  # scale, whose inverse a float32 holds with a GradScaler's factor in it
-_clips: WeakKeyDictionary[Optimizer, AutoClip] = WeakKeyDictionary()
+_clips: WeakKeyDictionary[Optimizer, AutoClip[Any]] = WeakKeyDictionary()
+
+
+@overload
+def attach(
+    optimizer: Optimizer,
+    percentile: float = ...,
+    *,
+    scope: Literal["global"] = ...,
+    names: Parameters | None = ...,
+    **options: Unpack[Options],
+) -> AutoClip: ...
+
+
+@overload
+def attach(
+    optimizer: Optimizer,
+    percentile: float = ...,
+    *,
+    scope: Literal["group", "parameter"] | Callable[[str], str],
+    names: Parameters | None = ...,
+    **options: Unpack[Options],
+) -> AutoClip[dict[str, ClipStep]]: ...
 
 
 def attach(
@@ -69,7 +93,7 @@ def attach(
     warmup: int = 0,
     nonfinite: Literal["skip", "raise", "pass"] = "skip",
     max_threshold: float | None = None,
-) -> AutoClip:
+) -> AutoClip[Any]:
     """Clip the gradients of an optimizer inside every `optimizer.step()`, with nothing else to change.
 
     A closure is followed by clipping each time the optimizer calls it: LBFGS evaluates several gradients per step, and
@@ -137,7 +161,7 @@ def attach(
     return clip
 
 
-def attached(optimizer: Optimizer) -> AutoClip | None:
+def attached(optimizer: Optimizer) -> AutoClip[Any] | None:
     """Return the AutoClip that clips inside the steps of an optimizer, or of the one that it wraps; None if none does.
 
     A copy of an attached optimizer (copy.deepcopy, pickle, what a trainer saves whole and loads) is not attached.

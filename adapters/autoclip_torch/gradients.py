@@ -78,42 +78,49 @@ class Gradients:
         self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
         _place_like_params(dtensors)
         self._has_kernel = kernel.is_usable()
+        plain: dict[torch.dtype, _Batch] = {}  # most gradients are here, and a step of small ones is what happens here
         for index, params in enumerate(groups):
             for param in params:
-                if (grad := param.grad) is not None:
+                if (grad := param.grad) is None:
+                    continue
+                address = kernel.address(grad) if self._has_kernel else 0
+                if not address:
                     self._add(param, grad, index)
+                    continue
+                batch = plain.get(grad.dtype)
+                if batch is None:
+                    batch = plain[grad.dtype] = self._batch(grad, _CPU, (), address)
+                batch.add(grad, index, address)
         if device in self.devices:
             self.device = device
 
     def _add(self, param: Tensor, grad: Any, index: int) -> None:
+        """Add a gradient that the kernel cannot take as it is."""
         shards: tuple[ProcessGroup, ...] = ()
+        if _is_read_only(grad):
+            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
+        if grad.layout is not torch.strided:
+            if grad.layout is torch.sparse_coo and not grad.is_coalesced():
+                param.grad = grad = grad.coalesce()
+            local = grad.values()
+        elif isinstance(grad, self._dtensor):
+            local = grad = grad.to_local()
+            shards = self._shards_of[_place(param)]
+        if local.is_complex():
+            # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
+            local = torch.view_as_real(local.conj() if local.is_conj() else local)
         address = kernel.address(local) if self._has_kernel else 0
-        if not address:
-            if _is_read_only(grad):
-                param.grad = local = grad = grad.clone(memory_format=torch.contiguous_format)
-            if grad.layout is not torch.strided:
-                if grad.layout is torch.sparse_coo and not grad.is_coalesced():
-                    param.grad = grad = grad.coalesce()
-                local = grad.values()
-            elif isinstance(grad, self._dtensor):
-                local = grad = grad.to_local()
-                shards = self._shards_of[_place(param)]
-            if local.is_complex():
-                # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
-                local = torch.view_as_real(local.conj() if local.is_conj() else local)
-            address = kernel.address(local) if self._has_kernel else 0
-        device = _CPU if address else local.device
+        self._batch(local, local.device, shards, address, grad).add(local, index, address)
+
+    def _batch(
+        self, local: Tensor, device: torch.device, shards: tuple[Any, ...], address: int, grad: Tensor | None = None
+    ) -> _Batch:
+        """Return where a tensor belongs. `grad` is the gradient of which it is the memory, if it is another tensor."""
         if self.first is None:
-            self.first = grad
+            self.first = local if grad is None else grad
             self.device = device
-        key = (device, local.dtype, shards, address > 0)
-        batch = self._batches.get(key)
-        if batch is None:
-            batch = self._batches[key] = _Batch()
-        batch.tensors.append(local)
-        batch.indices.append(index)
-        batch.addresses.append(address)
+        return self._batches.setdefault((device, local.dtype, shards, address > 0), _Batch())
 
     @property
     def is_shared(self) -> bool:
@@ -234,6 +241,12 @@ class _Batch:
         self.tensors: list[Tensor] = []
         self.indices: list[int] = []  # of their groups, ascending
         self.addresses: list[int] = []  # for the kernel, which takes all of them or none; 0 if it does not
+
+    def add(self, tensor: Tensor, index: int, address: int) -> None:
+        """Add a tensor of a group, and where the kernel finds it."""
+        self.tensors.append(tensor)
+        self.indices.append(index)
+        self.addresses.append(address)
 
     @cached_property
     def _memory(self) -> kernel.Memory | None:

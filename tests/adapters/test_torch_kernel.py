@@ -184,6 +184,7 @@ LEFT_TO_TORCH = {
     "zero": lambda: torch._efficientzerotensor(8),
     "meta": lambda: torch.empty(8, device="meta"),
     "empty": lambda: torch.empty(0),
+    "inference": torch.inference_mode()(lambda: torch.randn(8)),
     "expanded": lambda: torch.randn(1).expand(8),
 }
 
