@@ -285,7 +285,7 @@ class StepHooks:
             if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
         ]
         if self._steps:
-            values: list[Any] = [kernel.head(param) for param in plain]
+            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
         else:
             values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)

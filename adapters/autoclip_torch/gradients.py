@@ -152,12 +152,15 @@ class Gradients:
     def versions(self) -> int:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
-            return 0 if self.first is None else _version(self.first)
-        return sum([_version(tensor) for batch in self._batches.values() for tensor in batch.tensors])
+            return version(self.first)
+        return sum([batch.versions() for batch in self._batches.values()])
 
-    def heads(self) -> dict[tuple[Any, ...], bytes | list[Tensor]]:
-        """Return the bits of some elements; none if ranks have different ones, for they could not agree."""
-        return {} if self.is_shared else {key: batch.heads() for key, batch in self._batches.items()}
+    def heads(self, *, reads: bool = True) -> dict[tuple[Any, ...], tuple[list[int], bytes] | list[Tensor]]:
+        """Return the bits of some elements; none if ranks have different ones, for they could not agree.
+
+        On a CPU also where the tensors are; where they are is all, unless it `reads`.
+        """
+        return {} if self.is_shared else {key: batch.heads(reads=reads) for key, batch in self._batches.items()}
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -267,12 +270,20 @@ class _Batch:
             found = [inf if norm > _MOST else norm for norm in found]
         return torch.tensor(found, dtype=torch.float64, device=_CPU)
 
-    def heads(self) -> bytes | list[Tensor]:
+    def versions(self) -> int:
+        """Return the sum of the versions; of many small tensors on a CPU, of some of them."""
+        if self.addresses[0]:  # the kernel takes no inference tensors, and time counts
+            some = self.tensors[:: len(self.tensors) // 16 + 1]
+            return sum([tensor._version for tensor in some]) + self.tensors[-1]._version
+        return sum(map(version, self.tensors))
+
+    def heads(self, *, reads: bool) -> tuple[list[int], bytes] | list[Tensor]:
         """Return the bits of the first elements of the first and of the last tensor."""
-        ends = self.tensors[:1] + self.tensors[1:][-1:]
-        if self._memory is not None:
-            return b"".join(map(kernel.head, ends))
-        return [_head(tensor).contiguous().view(torch.uint8) for tensor in ends]
+        ends = (0, -1) if len(self.tensors) > 1 else (0,)
+        if not self.addresses[0]:
+            return [_head(self.tensors[at]).contiguous().view(torch.uint8) for at in ends]
+        bits = [kernel.head(self.tensors[at], self.addresses[at]) for at in ends] if reads else ()
+        return self.addresses, b"".join(bits)
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
@@ -297,8 +308,9 @@ def _head(tensor: Tensor) -> Tensor:
     return tensor[:_HEAD]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # those have none
+def version(tensor: Tensor | None) -> int:
+    """Return how often a tensor was written to so that torch knows it; an inference tensor does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _is_read_only(grad: Any) -> bool:

@@ -51,10 +51,11 @@ def address(tensor: Tensor) -> int:
     return 0 if found % width else found
 
 
-def head(tensor: Tensor) -> bytes:
-    """Return the bits of the first elements; of a tensor that `address` does not know by now, none."""
-    found = address(tensor)
-    return ctypes.string_at(found, min(tensor.numel() * tensor.element_size(), _HEAD)) if found else b""
+def head(tensor: Tensor, before: int) -> bytes:
+    """Return the bits of the first elements of a tensor whose `address` was known; if it has other memory now, none."""
+    if tensor.data_ptr() != before:
+        return b""
+    return ctypes.string_at(before, min(tensor.numel() * _WIDTHS[tensor.dtype], _HEAD))
 
 
 def is_usable() -> bool:

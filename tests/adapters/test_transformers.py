@@ -226,7 +226,7 @@ def checkpointing(tmp_path, clip=None, **args):
             pass
 
         def train(self, *_):
-            self.on_train_begin(None, None, None, optimizer=self.optimizer)
+            self.on_train_begin(None, None, None, optimizer=self.optimizer, model=self.model)
 
     class Mixed(AutoClipMixin, Trainer):
         pass
@@ -235,7 +235,8 @@ def checkpointing(tmp_path, clip=None, **args):
     folder.mkdir()
     mixed = Mixed.__new__(Mixed)
     mixed.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    mixed.model = [("weight", mixed.optimizer.param_groups[0]["params"][0])]
+    mixed.model = nn.Module()
+    mixed.model.weight = mixed.optimizer.param_groups[0]["params"][0]
     mixed.clip, mixed._autoclip_optimizer, mixed._autoclip_options = clip, None, {}
     mixed.args = SimpleNamespace(**{"max_grad_norm": 1.0, "should_save": True, "output_dir": str(folder), **args})
     return mixed, folder
