@@ -31,6 +31,7 @@ _WIDTHS = {torch.float32: 4, torch.float64: 8}
 # In elements. Torch shares out a larger tensor to threads of its own. They spin for a while after each task, and would
 # keep threads of ours from their processors.
 _MOST = 2**18
+_HEAD = 256  # bytes
 
 
 def address(tensor: Tensor) -> int:
@@ -46,6 +47,13 @@ def address(tensor: Tensor) -> int:
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return 0
     return 0 if found % width else found
+
+
+def head(tensor: Tensor, before: int) -> bytes:
+    """Return the bits of the first elements of a tensor whose `address` was known; if it has other memory now, none."""
+    if tensor.data_ptr() != before:
+        return b""
+    return ctypes.string_at(before, min(tensor.numel() * _WIDTHS[tensor.dtype], _HEAD))
 
 
 def is_usable() -> bool:
@@ -90,11 +98,11 @@ class Memory:
     def __init__(self, layout: Layout, tensors: Sequence[Tensor], addresses: list[int]) -> None:
         self._layout = layout
         self._tensors = tensors
-        self._addresses = array("Q", addresses)
+        self.addresses = addresses
 
     def norms(self) -> list[float]:
         """Return the L2 norm of each tensor."""
-        norms = array("d", bytes(8 * len(self._addresses)))
+        norms = array("d", bytes(8 * len(self.addresses)))
         self._call("autoclip_tensors_measure", norms)
         return norms.tolist()
 
@@ -106,8 +114,8 @@ class Memory:
 
     def _call(self, name: str, numbers: array[float]) -> None:
         """Call a function of the kernel with a number for each tensor, which it may change."""
-        sizes, width = self._layout.sizes, self._layout.width
-        getattr(_library(), name)(_begin(self._addresses), _begin(sizes), len(sizes), width, _begin(numbers))
+        addresses, sizes = array("Q", self.addresses), self._layout.sizes
+        getattr(_library(), name)(_begin(addresses), _begin(sizes), len(sizes), self._layout.width, _begin(numbers))
 
 
 def joint_norm(norms: Sequence[float]) -> float:
