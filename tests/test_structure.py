@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
     "adapters/autoclip_jax/demo.py": "autoclip_jax jax numpy optax [sklearn]",
     "adapters/autoclip_jax/kernel.py": "autoclip_core jax numpy",
-    "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
+    "adapters/autoclip_tensorflow/__init__.py": "autoclip_tensorflow [keras]",
     "adapters/autoclip_tensorflow/clip.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
     "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy torch",
