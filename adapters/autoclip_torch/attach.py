@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
+from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
@@ -201,7 +202,7 @@ class StepHooks:
         self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
-        self._first: Tensor | None = None  # gradient of the step that is being made
+        self._gradients: Gradients | None = None  # of the step that is being made
         self._is_stepping = self._has_nested = False
         self._shared = self._find_shared(optimizer)
         self._steps = 0
@@ -276,15 +277,17 @@ class StepHooks:
         """Return numbers that change with the parameters, twice, and with the gradients."""
         params = [param for group in optimizer.param_groups for param in group["params"] if not param.is_inference()]
         versions = sum(param._version for param in params)
-        # Not every optimizer writes so that a version tells. Reading is waiting, so only if there never was a step.
-        values = None
-        if not self._steps:
-            plain = [
-                param.detach()
-                for param in params
-                if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
-            ]
-            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else None
+        # Not every optimizer writes so that a version tells. Reading is waiting, so after the first step only a CPU is
+        # asked, where some elements will do.
+        plain = [
+            param.detach()
+            for param in params
+            if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
+        ]
+        if self._steps:
+            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
+        else:
+            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
         return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
 
@@ -331,8 +334,8 @@ class StepHooks:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._has_nested and is_nested(optimizer):
             return
-        if self._first is not None:
-            self._pipeline.repeats.touch(self._first)
+        if self._gradients is not None:
+            self._pipeline.repeats.touch(self._gradients)
         self._take_back()
         self._is_stepping = False
         if self._shared:
@@ -366,8 +369,8 @@ class StepHooks:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds)
-        self._first = gradients.first
+        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=grad_scale is None)
+        self._gradients = gradients
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
         """Have the optimizer leave everything alone if the step is dropped."""
@@ -414,7 +417,7 @@ class StepHooks:
                 delattr(optimizer, name)
             else:
                 setattr(optimizer, name, before)
-        self._hidden, self._lent, self._first = [], [], None
+        self._hidden, self._lent, self._gradients = [], [], None
 
     # Parameters of several optimizers: after one backward() the second one sees what the first has clipped.
 

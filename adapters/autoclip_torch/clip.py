@@ -220,8 +220,8 @@ class AutoClip(Generic[Steps]):
         After a non-finite norm under "skip" the gradients are zeros and the scale is 0.0: an `optimizer.step()` would
         still apply momentum and weight decay, so leave it out to keep the parameters as they are. Where no parameter
         has a gradient, nothing is remembered, and a warning says so once. Gradients that were clipped already are not
-        clipped, remembered or counted again: those whose first tensor nobody has touched since, and whose norm is the
-        one they were left with.
+        clipped, remembered or counted again: those that nobody has written to since, as far as torch knows, and that
+        have the norms and, as far as some are compared, the elements with which they were left.
 
         Returns:
             A ClipStep; with another scope than "global", a dict of them by the names of the groups that have gradients.
@@ -246,6 +246,7 @@ class AutoClip(Generic[Steps]):
             gradients = measured.gradients
             pipeline.apply(gradients, steps)
             pipeline.leave(gradients, steps)
+            pipeline.repeats.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
             every = enumerate(zip(*steps, strict=True))
@@ -347,6 +348,11 @@ class AutoClip(Generic[Steps]):
         return {"_pipeline": self._pipeline, "_is_copy": self._is_copy or self._attachment is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_pipeline" not in state:
+            raise StateError(
+                "This AutoClip was pickled whole by another release, and only that one can read it; load it there and "
+                "save its state_dict(), which load_state_dict() of every later release reads."
+            )
         self.__dict__.update(state)
         self._step_untraced = _step_untraced()
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
+_HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
@@ -143,6 +144,24 @@ class Gradients:
             return False
         return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
 
+    @property
+    def rounding(self) -> float:
+        """How far numbers of the coarsest dtype are apart."""
+        return max((torch.finfo(dtype).eps for _, dtype, *_ in self._batches), default=0.0)
+
+    def versions(self) -> int:
+        """Return a number that grows when somebody writes to a gradient so that torch knows it."""
+        if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
+            return version(self.first)
+        return sum([batch.versions() for batch in self._batches.values()])
+
+    def heads(self, *, reads: bool = True) -> dict[tuple[Any, ...], tuple[list[int], bytes] | list[Tensor]]:
+        """Return the bits of some elements; none if ranks have different ones, for they could not agree.
+
+        On a CPU also where the tensors are; where they are is all, unless it `reads`.
+        """
+        return {} if self.is_shared else {key: batch.heads(reads=reads) for key, batch in self._batches.items()}
+
     def norms(self, least: torch.dtype = torch.float32) -> Tensor:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
 
@@ -251,6 +270,21 @@ class _Batch:
             found = [inf if norm > _MOST else norm for norm in found]
         return torch.tensor(found, dtype=torch.float64, device=_CPU)
 
+    def versions(self) -> int:
+        """Return the sum of the versions; of many small tensors on a CPU, of some of them."""
+        if self.addresses[0]:  # the kernel takes no inference tensors, and time counts
+            some = self.tensors[:: len(self.tensors) // 16 + 1]
+            return sum([tensor._version for tensor in some]) + self.tensors[-1]._version
+        return sum(map(version, self.tensors))
+
+    def heads(self, *, reads: bool) -> tuple[list[int], bytes] | list[Tensor]:
+        """Return the bits of the first elements of the first and of the last tensor."""
+        ends = (0, -1) if len(self.tensors) > 1 else (0,)
+        if not self.addresses[0]:
+            return [_head(self.tensors[at]).contiguous().view(torch.uint8) for at in ends]
+        bits = [kernel.head(self.tensors[at], self.addresses[at]) for at in ends] if reads else ()
+        return self.addresses, b"".join(bits)
+
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
         factors = [scales[index] for index in self.indices]
@@ -263,6 +297,20 @@ class _Batch:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
         else:
             torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
+
+
+def _head(tensor: Tensor) -> Tensor:
+    """Return the first elements, shape (elements,)."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[:_HEAD]
+    while tensor.dim() > 1:
+        tensor = tensor[0]
+    return tensor[:_HEAD]
+
+
+def version(tensor: Tensor | None) -> int:
+    """Return how often a tensor was written to so that torch knows it; an inference tensor does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _is_read_only(grad: Any) -> bool:

@@ -250,17 +250,23 @@ class Pipeline:
             self._apply(gradients, steps)
 
     def leave(
-        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
+        self,
+        gradients: Gradients,
+        steps: dict[int, ClipStep] | DeviceStep,
+        *,
+        may_keep_nonfinite: bool = False,
+        exactly: bool = True,
     ) -> None:
-        """Remember the gradients as they are left, so as to know them again.
+        """Remember the gradients as they are left, so as to know them again; `repeats.touch` them at the end.
 
         Args:
             gradients: measured before.
             steps: what was decided.
             may_keep_nonfinite: whether those of a dropped step are as they were, and not zeros.
+            exactly: whether those that are not clipped stay as they were measured.
         """
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
-        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite)
+        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
 
     def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         if isinstance(steps, DeviceStep):

@@ -20,6 +20,7 @@ from autoclip_core import (
     BackendError,
     ClipStep,
     NormHistory,
+    SnapshotError,
     StateError,
 )
 
@@ -836,3 +837,67 @@ for tree in (False, True):
 print("agreed")
 """
     assert run_python(code) == "agreed\n"
+
+
+# What went unnoticed once.
+
+
+def test_half_precision_norm_beyond_its_range_is_finite():
+    variable = keras.Variable([0.0] * 100, dtype="float16")
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.0))
+    optimizer.apply([ops.full((100,), 60000.0, "float16")], [variable])
+    assert numbers(optimizer)["grad_norm"] == pytest.approx(6e5, rel=1e-3)
+
+
+def test_accumulated_gradients_need_no_variables_named():
+    variable = keras.Variable([1.0])
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), gradient_accumulation_steps=2)
+    optimizer.build([variable])
+    for _ in range(2):
+        optimizer.apply([ops.ones((1,))])
+    assert ops.convert_to_numpy(variable).tolist() == [0.0]
+
+
+def test_damaged_history_leaves_the_optimizer_as_it_was():
+    variable, store = keras.Variable([1.0]), {}
+    optimizers = [AutoClipOptimizer(keras.optimizers.SGD(1.0), history=NormHistory()) for _ in range(2)]
+    for optimizer in optimizers:
+        optimizer.build([variable])
+    optimizers[0].apply([ops.ones((1,))], [variable])
+    optimizers[0].save_own_variables(store)
+    with pytest.raises(SnapshotError):
+        optimizers[1].load_own_variables({**store, "history": store["history"][:-1]})
+    assert numbers(optimizers[1])["steps"] == 0
+
+
+def make_line():
+    return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+
+
+@on_torch
+def test_clipped_share_is_of_the_fit_that_is_running():
+    model = make_line()
+    model.compile(AutoClipOptimizer(keras.optimizers.SGD(0.0), 50.0), loss="mse")
+    x = np.linspace(1, 9, 16, dtype=np.float32).reshape(-1, 1)
+    shares, counts = [], [0]
+    for data in (x[::-1], x):
+        log = AutoClipLogger()
+        found = model.fit(data, data * 9, batch_size=2, verbose=0, shuffle=False, callbacks=[log])
+        shares += found.history["clipped"]
+        counts.append(int(numbers(model.optimizer)["clipped_steps"]))
+    assert shares == [(counts[1] - counts[0]) / 8, (counts[2] - counts[1]) / 8]
+    assert shares[0] != shares[1]
+
+
+@on_torch
+def test_epoch_without_a_step_has_clipped_nothing():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = make_line()
+        model.compile(AutoClipOptimizer(keras.optimizers.SGD(1e-3), 0.0), loss="mse")
+        model.optimizer.initial_scale = 2.0**120  # every gradient overflows
+        x = np.full((4, 1), 1000.0, np.float32)
+        found = model.fit(x, x, batch_size=4, verbose=0, callbacks=[AutoClipLogger()])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert found.history["clipped"] == [0.0]

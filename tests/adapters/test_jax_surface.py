@@ -456,3 +456,10 @@ def test_state_restored_into_another_window_is_refused():
     restored = flax.serialization.from_bytes(tx.init(jnp.ones(1)), saved)
     with pytest.raises(ValueError, match="window=8"):
         tx.update(jnp.ones(1), restored)
+
+
+def test_norms_of_the_state_have_no_gradient():
+    tx = autoclip(50.0, window=4)
+    state = tx.init(jnp.zeros(2))
+    slope = jax.grad(lambda norms: tx.update(jnp.ones(2), state._replace(norms=norms))[0].sum())(state.norms)
+    assert (slope == 0.0).all()

@@ -597,6 +597,8 @@ for history in (None, NormHistory()):
             np.testing.assert_allclose(value, alone.metrics()[name], rtol=1e-5)
     if history is not None:
         assert len(history) == 30
+    tf.function(lambda: strategy.run(lambda: clip([None])))()  # nothing to add up
+    assert int(clip.metrics()["steps"]) == 31
 print("agreed")
 """
     assert run_python(QUIETLY + code) == "agreed\n"

@@ -23,7 +23,7 @@ import autoclip_core
 from autoclip_core import arrays, plot
 from autoclip_core.clip import AutoClip, ClipStep
 from autoclip_core.history import NormHistory
-from autoclip_core.replay import PERCENTILES, Log, Replay, each_replay, read_log, read_norms, replay
+from autoclip_core.replay import PERCENTILES, Log, Replay, advise, each_replay, read_log, read_norms, replay
 
 
 def histories() -> None:
@@ -84,6 +84,7 @@ def earlier_run(path: str) -> None:
     for result in replay(norms, percentiles=PERCENTILES, windows=[None, 1000], fixed=[1.0]):
         assert_type(result, Replay)
         assert_type(result.summary(), dict[str, float | int | None])
+        assert_type(advise(norms, result), list[str])
         plot.plot_norms(norms, result.thresholds, result.clipped)
     assert_type(each_replay(norms), Iterator[Replay])
     assert_type(read_log(path), list[Log])
@@ -109,6 +110,7 @@ def own_adapter(xp: Any, norm: Any, clip: AutoClip) -> None:
     ascending, ring = arrays.remember(xp, xp.ones(8), xp.ones(8), 0, arrays.norm_to_remember(xp, norm))
     arrays.observe(xp, ascending, ring, 1, norm, digits)
     arrays.decide(xp, norm, arrays.percentile_of(xp, ascending, 1, digits), 1)
+    arrays.root(xp, norm)
     table = arrays.deferred_table(clip, 1, 10.0)
     _, limit, _ = arrays.deferred_threshold(xp, table, xp.ones(1))
     arrays.deferred_scale(xp, norm, limit)
