@@ -250,6 +250,15 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             ops.cond(condition, action, lambda: None)
             return
 
+        try:
+            holds: bool | None = bool(condition)
+        except TypeError:  # of JAX, which traces the step
+            holds = None
+        if holds is not None:  # JAX would compile the branches anew in every step
+            if holds:
+                action()
+            return
+
         # In JAX a branch has no effects, so it returns what the variables become.
         def values_after() -> list[Any]:
             with keras.StatelessScope(state_mapping=[(variable, variable.value) for variable in variables]) as scope:

@@ -858,6 +858,7 @@ def test_accumulated_gradients_need_no_variables_named():
     assert ops.convert_to_numpy(variable).tolist() == [0.0]
 
 
+@not_on_jax
 def test_damaged_history_leaves_the_optimizer_as_it_was():
     variable, store = keras.Variable([1.0]), {}
     optimizers = [AutoClipOptimizer(keras.optimizers.SGD(1.0), history=NormHistory()) for _ in range(2)]

@@ -466,6 +466,7 @@ def test_steps_are_the_same_under_every_switch(switch, tmp_path):
                 call([tf.constant([norm])])
                 found.append(numbers(clip)["clip_threshold"])
             assert found == expected, mode
+            assert tf.function(clip.metrics)()["clip_threshold"] == expected[-1]
     finally:
         switch_off()
         graph._graph.cache_clear()
