@@ -13,6 +13,7 @@ Facts about optimizers that shaped this module:
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary, ref
 
@@ -25,7 +26,7 @@ from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import moved
+from autoclip_torch.gradients import as_tensor, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -210,10 +211,10 @@ class StepHooks:
         self._looked_after = 0  # steps
         self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
         self._warned: set[str] = set()
+        self._untraced = _untraced_hooks()
         self._handles = [
-            # What reads values on the host is not for torch.compile to trace.
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def is_on(self) -> bool:
@@ -299,6 +300,10 @@ class StepHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            before, _ = self._untraced
+            changed: tuple[tuple[Any, ...], dict[str, Any]] | None = before(self, optimizer, args, kwargs)
+            return changed
         if self._is_stepping:  # or did not get as far as the hook behind the step, because it failed
             if is_nested(optimizer):
                 self._has_nested = True
@@ -332,6 +337,10 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_clip}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _, after = self._untraced
+            after(self, optimizer, args, kwargs)
+            return
         if self._has_nested and is_nested(optimizer):
             return
         if self._gradients is not None:
@@ -352,7 +361,7 @@ class StepHooks:
         measured = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = measured.norms.isfinite().all().logical_not().float()
+            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
         steps = self._pipeline.decide(measured, found_inf)
         gradients = measured.gradients
         fused = gradients.plain and _is_fused(optimizer)
@@ -391,7 +400,7 @@ class StepHooks:
         else:
             scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
         # Infinity if the step is dropped: then nothing is divided by it.
-        divisor = 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale
+        divisor = scale.reciprocal() if grad_scale is None else moved(grad_scale, scale.device) / scale
         self._lend(optimizer, "grad_scale", divisor)
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
@@ -448,6 +457,13 @@ class StepHooks:
                 f"This {self._name} shares parameters with another attached optimizer, which has clipped the gradients "
                 "before: AutoClip remembers norms that are clipped. Attach to one of them, or call backward() for each."
             )
+
+
+@cache
+def _untraced_hooks() -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Return the hooks for an optimizer that is traced: what reads values is not for torch.compile to follow."""
+    disable: Any = torch.compiler.disable
+    return disable(StepHooks._before_step), disable(StepHooks._after_step)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

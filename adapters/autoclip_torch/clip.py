@@ -249,7 +249,7 @@ class AutoClip(Generic[Steps]):
             pipeline.repeats.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            every = enumerate(zip(*steps, strict=True))
+            every = enumerate(zip(*(field.unbind() for field in steps), strict=True))
             steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if pipeline.groups.scope == "global":
             return cast("Steps", steps[0])

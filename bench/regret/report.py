@@ -21,7 +21,8 @@ DRAWN = (10.0, 50.0, 90.0)
 
 OPENING = """\
 What this isolates: what a clipper does to the loss on data not learned from, everything else being equal. {tasks} small
-tasks, learning rates in half decades from one grid per optimizer, every clipper as its authors publish it.
+tasks (networks of a few thousand weights, 300 to 1,000 steps, a learning rate that falls to 0), rates in half decades
+from one grid per optimizer, every clipper as its authors publish it.
 
 *Progress lost* is (test loss - best) / (loss of the trivial predictor - best): 0 for the best that any clipper reached
 in this task, 100 for a network that learned nothing or diverged. With **the rate one has** every clipper runs with the
@@ -194,7 +195,14 @@ def draw(lost: Table, tasks: Sequence[Task], kind: str, path: Path) -> None:
         panel.set_ylim(-3, 103)
         panel.grid(visible=True, axis="y", color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=8,
+        title="a line and a dot per task; dashed: with bad batches",
+        title_fontsize=9,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -218,7 +226,10 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
     )
     page = ["# Does it help?", opening, *([QUICK_NOTE] if options.quick else [])]
     page += [
+        "With the rate one has:",
         "![Progress lost by fixed thresholds, beside AutoClip, with the rate one has](regret.png)",
+        "With the own rate of each setting, searched for it:",
+        "![The same with the best rate of each setting](own_rate.png)",
         "## In short",
         SHORT,
         summary(lost, own, batches),
@@ -238,10 +249,7 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
         for words, kind in (("the rate one has", "same_rate"), ("its own rate", "own_rate")):
             header = ["", *(task.name for task in group), "mean", "worst"]
             page += [f"### {title}, {words}", table(header, rows_of(lost, MAKERS, group, kind))]
-    page += [
-        "![The same with the best rate of each setting](own_rate.png)",
-        facts_table(machine_facts(("torch", "scikit-learn"))),
-    ]
+    page.append(facts_table(machine_facts(("torch", "scikit-learn"))))
     written = [options.output / name for name in ("regret.md", "regret.png", "own_rate.png")]
     written[0].write_text("\n\n".join(page) + "\n", encoding="utf-8")
     draw(lost, tasks, "same_rate", written[1])
