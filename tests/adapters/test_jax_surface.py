@@ -20,6 +20,8 @@ from jax.experimental import checkify
 
 from autoclip_core import AutoClip, NormHistory
 
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
 NORMS = np.random.default_rng(0).lognormal(size=60).astype(np.float32)
 
 
@@ -186,7 +188,7 @@ SWITCHES = {
     "debug_nans": partial(jax.debug_nans, True),
     "debug_infs": partial(jax.debug_infs, True),
     "disable_jit": jax.disable_jit,
-    "enable_x64": partial(jax.enable_x64, True),
+    "enable_x64": partial(enable_x64, True),
     "rank_promotion": partial(jax.numpy_rank_promotion, "raise"),
     "checkify": nullcontext,
 }
