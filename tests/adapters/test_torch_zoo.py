@@ -527,6 +527,15 @@ def test_copies_are_known_not_to_be_attached(make_copy):
     assert again.steps == 2
 
 
+def test_copy_that_steps_by_hand_clips_and_says_nothing():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model, clip = copy.deepcopy((model, attach(optimizer)))
+    backward(model, 0)
+    assert clip.step().recorded
+    assert clip.log()["clip_scale"] == 1.0
+
+
 def test_clip_whose_optimizer_is_gone_says_so_once():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
