@@ -5,6 +5,7 @@
 ## make engines  the same training under DeepSpeed, FSDP, Accelerate, Lightning, the Trainer and Ray, against one process
 ## make coverage  that the tests reach every line and branch of the kernel, and 95 % of the lines of each package
 ## make soak    the long forms of the tests, with their figures: most of a day; SOAK="--help" for parts and options
+## make docs    the site: these pages and a reference, in build/site/README.html; every warning is an error
 ## make bench   growth of the cost with the history, beside its rivals
 ## make format  lay out all sources
 ## make clean   remove what the others made
@@ -17,8 +18,11 @@ SOURCES := $(shell find csrc autoclip_core adapters -not -path '*__pycache__*') 
 C_SOURCES := $(shell find csrc tests bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak bench format clean tools static python
+endif
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak docs bench format clean tools static
+.PHONY: python python-adapters python-others python-numba
 .PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
 help:
@@ -28,7 +32,10 @@ help:
 demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
-test: tools static c-asan c-tsan c-release c-msan c-fuzz python
+# Two at a time, the longest first; what each says is printed when it ends.
+test: tools static
+	$(MAKE) SIDE_BY_SIDE=1 --jobs=2 --output-sync --keep-going \
+	    python-adapters c-asan c-tsan c-release c-msan c-fuzz python-others python-numba
 
 # From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev; wine,
 # and gcc-mingw-w64-x86-64.
@@ -55,6 +62,9 @@ engines:
 	    build/engines/bin/pip install '.[lightning,transformers]' -r tests/engines/requirements.txt
 	AUTOCLIP_BACKEND=native build/engines/bin/python -P tests/engines/run.py $(ENGINES)
 
+docs: .venv/docs
+	python -P -m sphinx -q --fail-on-warning --keep-going -c .docs -d build/doctrees . build/site
+
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
 	AUTOCLIP_BACKEND=native python -m bench torch
@@ -73,7 +83,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # Constrained twice because newer pips read the second name, and it alone, for the environment of the build.
-.venv/demo .venv/test .venv/bench: .venv/%: constraints.txt $(SOURCES) | .venv/bin/python
+.venv/demo .venv/test .venv/bench .venv/docs: .venv/%: constraints.txt $(SOURCES) | .venv/bin/python
 	AUTOCLIP_REQUIRE_NATIVE=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	    python -m pip install '.[$*]'
 	touch $@
@@ -111,6 +121,13 @@ c-coverage: .venv/test
 soak: .venv/test
 	AUTOCLIP_BACKEND=native python -P tests/programs/soak.py $(SOAK)
 
-python: .venv/test
-	AUTOCLIP_BACKEND=native pytest
+python: python-adapters python-others python-numba
+
+python-adapters: .venv/test
+	AUTOCLIP_BACKEND=native pytest tests/adapters
+
+python-others: .venv/test
+	AUTOCLIP_BACKEND=native pytest --ignore=tests/adapters
+
+python-numba: .venv/test
 	AUTOCLIP_BACKEND=numba pytest tests/core

@@ -24,7 +24,7 @@ from autoclip_core import __version__, _backend
 from autoclip_core.errors import AutoClipError
 from autoclip_core.history import NormHistory
 from autoclip_core.plot import bin_edges
-from autoclip_core.replay import PERCENTILES, Log, Replay, each_replay, read_log
+from autoclip_core.replay import PERCENTILES, Log, Replay, advise, each_replay, read_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +39,7 @@ _ALSO = (
     "tensorboard",
 )
 _LEFT = {"norms", "setting", "percentile"}  # columns that begin at the left
+_ADVICE = "What these norms suggest; why: autoclip_core/README.md, Which percentile?"
 _BARS = "▏▎▍▌▋▊▉█"
 
 
@@ -167,12 +168,14 @@ def _replay(options: argparse.Namespace) -> None:
     draw_at = 10.0 if 10.0 in percentiles else percentiles[0]
     contents, rows, panels = [], [], []
     for log in logs:
-        summaries = []
+        summaries, advice = [], []
         for result in each_replay(log.norms, percentiles, windows, fixed=[options.fixed]):
             summaries.append(result.summary())
             rows.append([_printable(log.name), *_row(result, summaries[-1], options.fixed)])
-            if options.plot is not None and (result.percentile, result.window) == (draw_at, None):
-                panels.append((log, result))
+            if (result.percentile, result.window) == (draw_at, None):
+                advice = advise(log.norms, result)
+                if options.plot is not None:
+                    panels.append((log, result))
         contents.append(
             {
                 "column": log.name,
@@ -180,6 +183,7 @@ def _replay(options: argparse.Namespace) -> None:
                 "skipped": log.skipped,
                 "notes": log.notes,
                 "settings": summaries,
+                "advice": advice,
             }
         )
     if options.plot is not None:
@@ -204,6 +208,12 @@ def _replay(options: argparse.Namespace) -> None:
         "them is scaled by less."
     )
     print("\n" + textwrap.fill(legend, _columns()))
+    suggested = [(facts["column"], line) for facts in contents for line in facts["advice"]]
+    if suggested:
+        print("\n" + textwrap.fill(_ADVICE, _columns()))
+    for column, line in suggested:
+        of = f"{_printable(column)}, " if len(logs) > 1 else ""
+        print(textwrap.fill(f"- {of}{line}", _columns(), subsequent_indent="  "))
 
 
 def _row(result: Replay, row: dict[str, Any], fixed: float) -> list[str]:

@@ -20,7 +20,7 @@ compiled kernel, which keeps the same arrays, or a tree on the host.
 from __future__ import annotations
 
 from functools import cache
-from math import inf, nan
+from math import inf
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,37 @@ from autoclip_core.history import NormHistory, check_full_history
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-# The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a long
-# history), and a rank times a digit of the percentile has to fit.
+__all__ = [
+    "CLIPPED_STEPS",
+    "CLIP_SCALE",
+    "CLIP_THRESHOLD",
+    "GRAD_NORM",
+    "MAX_WINDOW",
+    "NONFINITE_STEPS",
+    "OUTCOME",
+    "RECORDED_STEPS",
+    "STEPS",
+    "check_options",
+    "decide",
+    "deferred_scale",
+    "deferred_table",
+    "deferred_threshold",
+    "initial_state",
+    "metrics",
+    "norm_to_remember",
+    "number_of",
+    "observe",
+    "observe_window",
+    "percentile_digits",
+    "percentile_of",
+    "percentile_of_digits",
+    "remember",
+    "root",
+    "take_step",
+]
+
+#: The largest window: ranks are exact integers of 32 bits (a float32 has too few digits for the rank of a norm in a
+#: long history), and a rank times a digit of the percentile has to fit.
 MAX_WINDOW = 2**24
 
 _BASE = 128
@@ -124,6 +153,9 @@ def take_step(
         nonfinite: as for `AutoClip`, but not "raise".
         max_threshold: as for `AutoClip`.
 
+    Where a step is differentiated, the threshold is a constant in it: the derivative of a clipped gradient is that of
+    threshold * gradient / norm.
+
     Returns:
         The new `norms`, `counts` and `last` of the state, and the scale.
     """
@@ -134,7 +166,9 @@ def take_step(
     finite = xp.isfinite(norm)
     enters = finite & (norm > 0.0)
     recorded_steps = counts[RECORDED_STEPS]
-    norms, percentile = observe(norms, recorded_steps, xp.where(enters, norm, 0.0))
+    constant = xp.stop_gradient
+    observed = observe(constant(norms), recorded_steps, constant(xp.where(enters, norm, 0.0)))
+    norms, percentile = map(constant, observed)
     threshold, scale, clipped = decide(
         xp,
         norm,
@@ -168,7 +202,15 @@ def metrics(xp: Any, counts: Any, last: Any) -> dict[str, Any]:
 
 def number_of(xp: Any, known: Any) -> Any:
     """Return the number that a place of `last` stands for, NaN and infinity among them."""
-    return xp.where(known < 0.0, nan, xp.where(known < _LARGEST, known, inf))
+    # Programs that look for what is not finite find it in the result alone, and only where it is.
+    known = known * xp.where(known < _LARGEST, 1.0, 2.0)
+    return xp.where(known < 0.0, xp.sqrt(known), known)
+
+
+def root(xp: Any, total: Any) -> Any:
+    """Return the square root of a sum of squares, a norm; where a step is differentiated, its derivative at 0 is 0."""
+    positive = total > 0.0
+    return xp.where(positive, xp.sqrt(xp.where(positive, total, 1.0)), total)
 
 
 def norm_to_remember(xp: Any, norm: Any, infinity: Any = inf) -> Any:

@@ -23,13 +23,14 @@ _STATE_FORMAT = 1
 class ClipStep(NamedTuple):
     """What AutoClip decided for one gradient.
 
-    norm: the gradient's global L2 norm before clipping, as it was given.
-    threshold: the percentile of the history (at most `max_threshold`), in the unit of the norm; `inf` while the history
-        is empty.
-    scale: the factor for the gradient, in [0, 1]. 0.0 after a non-finite norm means "drop this update": multiplying
-        would turn infinities into NaN.
-    clipped: whether the scale shortens a finite gradient.
-    recorded: whether the norm entered the history.
+    Attributes:
+        norm: the gradient's global L2 norm before clipping, as it was given.
+        threshold: the percentile of the history (at most `max_threshold`), in the unit of the norm; `inf` while the
+            history is empty.
+        scale: the factor for the gradient, in [0, 1]. 0.0 after a non-finite norm means "drop this update":
+            multiplying would turn infinities into NaN.
+        clipped: whether the scale shortens a finite gradient.
+        recorded: whether the norm entered the history.
     """
 
     norm: float

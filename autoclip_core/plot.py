@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+__all__ = ["plot_distribution", "plot_norms", "plot_thresholds"]
+
 _NORM, _CLIPPED, _THRESHOLD, _INK = "#56B4E9", "#D55E00", "#000000", "#404040"
 _MOST_POINTS = 20_000
 _LOWEST, _HIGHEST = 1e-150, 1e150  # far beyond them margins and ticks of logarithmic axes overflow

@@ -19,19 +19,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["PERCENTILES", "Log", "Replay", "each_replay", "read_log", "read_norms", "replay"]
+__all__ = ["PERCENTILES", "Log", "Replay", "advise", "each_replay", "read_log", "read_norms", "replay"]
 
+#: What is tried where no percentiles are given.
 PERCENTILES = (1.0, 10.0, 25.0, 50.0, 90.0)
+
+# What `advise` calls an outlier and a drift, where it speaks of shorter steps, and how many steps are early ones.
+_OUTLIER, _DRIFT, _SHORTER, _EARLY = 10.0, 3.0, 0.9, 100
 
 
 class Replay(NamedTuple):
     """One setting, over the whole run.
 
-    percentile: None for a fixed threshold.
-    window: None for the whole history.
-    thresholds: the threshold at each step, shape (steps,).
-    scales: the factor for each gradient, shape (steps,); 0.0 where a norm was not finite.
-    clipped: which steps it would have clipped, shape (steps,).
+    Attributes:
+        percentile: None for a fixed threshold.
+        window: None for the whole history.
+        thresholds: the threshold at each step, shape (steps,).
+        scales: the factor for each gradient, shape (steps,); 0.0 where a norm was not finite.
+        clipped: which steps it would have clipped, shape (steps,).
     """
 
     percentile: float | None
@@ -127,3 +132,57 @@ def each_replay(
         if not threshold > 0.0:
             raise AutoClipValueError(f"A fixed threshold must be above 0, but {threshold!r} was given.")
         yield one(None, None, np.full(len(norms), float(threshold)))
+
+
+def advise(norms: ArrayLike, result: Replay) -> list[str]:
+    """Say in a line each what the norms of a run suggest, and what a percentile would have done with them.
+
+    Outliers, early steps that no threshold limits, drift, and steps that clipping shortens; what does not apply is left
+    out. Fewer than a hundred norms suggest nothing.
+
+    Args:
+        norms: those that were replayed, shape (steps,).
+        result: of `replay`, with a percentile.
+
+    >>> norms = [1.0] * 198 + [50.0, 1.0]
+    >>> advise(norms, replay(norms, [50.0])[0])
+    ['heavy tail: 0.5% of the norms are over 10 times the median around them, up to 50 times; p = 75 to 90 cuts them.']
+    """
+    import numpy as np
+
+    norms = np.asarray(norms, dtype=np.float64)
+    counted = arrays.norm_to_remember(np, norms) < np.inf
+    kept, scales = norms[counted], result.scales[counted]
+    if len(kept) < _EARLY:
+        return []
+    parts = np.array_split(kept, 10)
+    medians = [float(np.percentile(part, 50)) for part in parts]
+    with np.errstate(over="ignore"):
+        above = np.concatenate([part / median for part, median in zip(parts, medians, strict=True)])
+        early = (kept * scales)[:_EARLY] / np.percentile(kept[:_EARLY], 50)
+    share, mean = float((above > _OUTLIER).mean()), float(scales.mean())
+    rise = medians[-1] / medians[0]
+    name, lines = f"p = {result.percentile:g}", []
+    if share > 0.0:
+        lines.append(
+            f"heavy tail: {share:.1%} of the norms are over {_OUTLIER:g} times the median around them, up to "
+            f"{above.max():.3g} times; {'p = 75 to 90' if share < 0.1 else 'only a low p'} cuts them."
+        )
+    if early.max() > _OUTLIER:
+        lines.append(
+            f"early steps: with {name} step {early.argmax() + 1} keeps {early.max():.3g} times the median of the first "
+            f"{_EARLY} norms; max_threshold limits it, a warm-up of the learning rate softens it."
+        )
+    if not 1.0 / _DRIFT < rise < _DRIFT:
+        way, times = ("rise", rise) if rise > 1.0 else ("fall", 1.0 / rise)
+        at_the_end = float((scales[-len(parts[-1]) :] < 1.0).mean())
+        lines.append(
+            f"drift: norms {way} {times:.3g} times from the first tenth to the last, of which {name} clips "
+            f"{at_the_end:.1%}; compare windows."
+        )
+    if mean < _SHORTER:
+        lines.append(
+            f"shorter steps: {name} clips {(scales < 1.0).mean():.1%}, to {mean:.2g} of a gradient on average; Adam "
+            f"makes up for it, with SGD take {1.0 / mean:.2g} times the learning rate, or p = 75 to 90."
+        )
+    return lines

@@ -9,12 +9,18 @@ NOT_REPORTS = {"__init__", "__main__", "common", "keras"}  # the last is a part 
 
 
 def reports() -> dict[str, str]:
-    """Every module of this package that makes a report, with the first line of its docstring; imports none of them."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in NOT_REPORTS and not path.stem.startswith("test_"):
-            found[path.stem] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
-    return found
+    """Every module or folder here that makes a report, with the first line of its docstring; imports none of them."""
+    folder = Path(__file__).parent
+    files = {path.stem: path for path in folder.glob("*.py")} | {
+        path.parent.name: path
+        for path in folder.glob("*/__init__.py")
+        if not path.with_name("__main__.py").exists()  # a program of its own
+    }
+    return {
+        name: (ast.get_docstring(ast.parse(files[name].read_text("utf-8"))) or "").partition("\n")[0]
+        for name in sorted(files)
+        if name not in NOT_REPORTS and not name.startswith("test_")
+    }
 
 
 def main() -> int:

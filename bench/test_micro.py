@@ -1,4 +1,4 @@
-"""Micro-benchmarks of the Python doors, on both backends: `pytest bench`, and `pytest-benchmark compare` between runs.
+"""Micro-benchmarks of the Python interfaces, both backends: `pytest bench`, `pytest-benchmark compare` between runs.
 
 What they isolate: the cost of one call from Python on a history of 100,000 norms, memory warm. Every case runs a
 thousand calls per round, so a time in microseconds reads as nanoseconds per call; rounds are few and fixed, so that the

@@ -60,8 +60,11 @@ def read_blocks(page):
 BLOCKS = [block._replace(page=page) for page, text in PAGES.items() for block in read_blocks(text)]
 
 
+TUTORIAL = "bench/tutorial/README.md"  # its programs use one another
+
+
 def blocks_of(language):
-    found = [block for block in BLOCKS if block.language == language]
+    found = [block for block in BLOCKS if block.language == language and (language, block.page) != ("python", TUTORIAL)]
     return pytest.mark.parametrize("block", found, ids=lambda block: f"{block.page} {block.line}")
 
 
@@ -114,6 +117,14 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
 @blocks_of("c")
 def test_c_block_compiles_and_runs(block, run_c):
     run_c(block.code)
+
+
+def test_tutorial_runs_and_makes_its_pictures(tmp_path):
+    command = [sys.executable, "-m", "bench.tutorial", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"results/tutorial/(\w+\.png)\)", PAGES[TUTORIAL])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(shown)
 
 
 # Commands.

@@ -186,8 +186,8 @@ def test_network_gives_what_its_loss_needs(loss):
         assert 0.0 < outputs.masks.min() < outputs.masks.max() < 1.0
 
 
-def test_networks_of_the_paper_have_its_sizes():
-    for name, (layers, hidden) in {"paper": (4, 600), "figure": (2, 300)}.items():
+def test_networks_have_the_sizes_that_the_page_says():
+    for name, (layers, hidden) in {"paper": (4, 600), "figure": (2, 300), "medium": (2, 128), "small": (2, 64)}.items():
         assert networks.SIZES[name] == (layers, hidden)
         with torch.device("meta"):
             network = Network(layers, hidden, embeddings=True, masks=True)

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "adapters/autoclip_jax/clip.py": "autoclip_core autoclip_jax jax numpy optax",
     "adapters/autoclip_jax/demo.py": "autoclip_jax jax numpy optax [sklearn]",
     "adapters/autoclip_jax/kernel.py": "autoclip_core jax numpy",
-    "adapters/autoclip_tensorflow/__init__.py": "[autoclip_tensorflow]",
+    "adapters/autoclip_tensorflow/__init__.py": "autoclip_tensorflow [keras]",
     "adapters/autoclip_tensorflow/clip.py": "autoclip_core autoclip_tensorflow tensorflow",
     "adapters/autoclip_tensorflow/demo.py": "autoclip_core autoclip_tensorflow keras numpy [sklearn]",
     "adapters/autoclip_tensorflow/dense.py": "autoclip_core autoclip_tensorflow keras numpy torch",
@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/__init__.py": "autoclip_core autoclip_torch",
     "adapters/autoclip_torch/agreement.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/attach.py": "autoclip_core autoclip_torch torch",
-    "adapters/autoclip_torch/clip.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/clip.py": "autoclip_core autoclip_torch torch typing_extensions",
     "adapters/autoclip_torch/deepspeed.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
@@ -247,8 +247,8 @@ def test_public_names_are_those_that_the_package_lists():
 def public_definitions(tree, prefix=""):
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-            setter = any(".setter" in ast.unparse(decorator) for decorator in node.decorator_list)
-            if not setter:
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            if not any(decorator.endswith(".setter") or decorator == "overload" for decorator in decorators):
                 yield prefix + node.name, node
             if isinstance(node, ast.ClassDef):
                 yield from public_definitions(node, f"{prefix}{node.name}.")

@@ -12,6 +12,7 @@ What shaped this module, and must stay true:
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,7 +24,12 @@ from jax import Array
 from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from autoclip_jax import kernel
 
+# Longer than the paper's runs of 80,000 steps, so that the window is the whole history of most runs: 1 MB. A step in
+# the kernel costs as much as with a small one; elsewhere it passes over the window, at the speed of memory.
 DEFAULT_WINDOW = 131_072
+
+# JAX by the names that autoclip_core.arrays uses.
+_XP = SimpleNamespace(**vars(jnp), stop_gradient=jax.lax.stop_gradient)
 
 
 class AutoClipState(NamedTuple):
@@ -146,8 +152,6 @@ def autoclip(
         percentile = float(_known(percentile))
 
     def observe(norms: Array, recorded_steps: Array, norm: Array) -> tuple[Array, Array]:
-        # Where a step is differentiated, the threshold is a constant in it.
-        norms, norm = jax.lax.stop_gradient((norms, norm))
         if history is None:
             return kernel.observe_window(norms, recorded_steps, norm, percentile)
         return kernel.observe_tree(history.shared_id, norms, recorded_steps, norm, percentile)
@@ -169,7 +173,7 @@ def autoclip(
         # Narrow gradients are widened on purpose, however strict the program is about its own types.
         with jax.numpy_dtype_promotion("standard"):
             *after, scale = arrays.take_step(
-                jnp,
+                _XP,
                 observe,
                 state.norms,
                 state.counts,
@@ -286,9 +290,8 @@ def _global_norm(updates: optax.Updates) -> Array:
         jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(jnp.square(leaf))
         for leaf in wide
     ]
-    total = sum(squares, jnp.zeros((), jnp.float32))
-    # The root has no derivative at 0.
-    return jnp.where(total == 0.0, 0.0, jnp.sqrt(jnp.where(total == 0.0, 1.0, total))).astype(jnp.float32)
+    norm: Array = arrays.root(jnp, sum(squares, jnp.zeros((), jnp.float32))).astype(jnp.float32)
+    return norm
 
 
 def _scaled(update: Array, scale: Array) -> Array:

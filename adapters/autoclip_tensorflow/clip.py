@@ -10,16 +10,18 @@ What shaped this module, and must stay true:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import tensorflow as tf
 
 from autoclip_core import arrays
-from autoclip_tensorflow.graph import XP, check_history, global_norm, scaled, take_step
+from autoclip_tensorflow.graph import XP, check_history, global_square, scaled, take_step
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if TYPE_CHECKING:
     from autoclip_core import NormHistory
+
+Grads = TypeVar("Grads")  # a structure of gradients
 
 
 class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
@@ -96,7 +98,7 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         """The history that was given, None where variables keep the norms."""
         return self._options.history
 
-    def __call__(self, grads: Any) -> Any:
+    def __call__(self, grads: Grads) -> Grads:
         """Take a step: remember the norm of the gradients, and return them clipped.
 
         Args:
@@ -106,8 +108,8 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         Returns:
             The same structure, in which None stays None.
         """
-        scale = take_step(self._options, self._state, global_norm(tf.nest.flatten(grads)))
-        return tf.nest.map_structure(lambda grad: scaled(grad, scale), grads)
+        scale = take_step(self._options, self._state, global_square(tf.nest.flatten(grads)))
+        return cast("Grads", tf.nest.map_structure(lambda grad: scaled(grad, scale), grads))
 
     def metrics(self) -> dict[str, tf.Tensor]:
         """Return what was measured at the latest step, and counts.

@@ -1,4 +1,4 @@
-"""Gradients and steps where Keras runs on JAX or PyTorch: their global norm, the step, and scaled gradients.
+"""Gradients and steps where Keras runs on JAX or PyTorch: their norm, the step, and scaled gradients.
 
 PyTorch runs one operation at a time, and a step in operations of Keras would be some 300 of them. So with variables on
 the CPU, where the host reads the norm anyway, it takes the step itself, and the compiled kernel keeps the norms.
@@ -36,12 +36,16 @@ XP = SimpleNamespace(
     maximum=ops.maximum,
     minimum=ops.minimum,
     ones_like=ops.ones_like,
+    sqrt=ops.sqrt,
     stack=ops.stack,
+    stop_gradient=ops.stop_gradient,
     take=ops.take,
     where=ops.where,
 )
 # And numpy, for the scalars of one step: its own astype takes none.
-_HOST = SimpleNamespace(**vars(np) | {"astype": lambda value, dtype: np.asarray(value).astype(dtype)})
+_HOST = SimpleNamespace(
+    **vars(np) | {"astype": lambda value, dtype: np.asarray(value).astype(dtype), "stop_gradient": lambda value: value}
+)
 
 
 def check_history() -> None:
@@ -53,18 +57,19 @@ def check_history() -> None:
         )
 
 
-def take_step(options: Options, variables: Mapping[str, keras.Variable], norm: Any) -> Any:
+def take_step(options: Options, variables: Mapping[str, keras.Variable], total: Any) -> Any:
     """Let the norm of a gradient enter the history, change the variables, and return the scale."""
     state = {key: variable.value for key, variable in variables.items()}
     if keras.config.backend() == "torch":
         if _library() is not None and state["norms"].device.type == "cpu":
-            return _take_step_on_the_host(options, state, norm)
+            return _take_step_on_the_host(options, state, total)
         if options.history is not None:
             raise BackendError(
                 "history= is for PyTorch with the variables on the CPU and a compiled kernel; leave it out, and "
                 "variables keep the last `window` norms."
             )
-    *after, scale = steps.take_step(XP, options, state, norm)
+    observe = partial(steps.observe_window, XP, state["percentile"])
+    *after, scale = steps.take_step(XP, options, state, total, observe)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)
     return scale
@@ -92,12 +97,12 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _take_step_on_the_host(options: Options, state: Mapping[str, Any], norm: Any) -> float:
+def _take_step_on_the_host(options: Options, state: Mapping[str, Any], total: Any) -> float:
     """Change the variables in their own memory, and return the scale."""
     host = {key: tensor.detach().numpy() for key, tensor in state.items()}
     observe = partial(_observe, options.history, arrays.percentile_of_digits(host["percentile"].tolist()))
     with np.errstate(all="ignore"):
-        _, counts, last, scale = steps.take_step(_HOST, options, host, np.float32(norm.item()), observe)
+        _, counts, last, scale = steps.take_step(_HOST, options, host, np.float32(total.item()), observe)
     host["counts"][:], host["last"][:] = counts, last
     return float(scale)
 
@@ -120,10 +125,10 @@ def _observe(
     return norms, np.float32(threshold.value)
 
 
-def global_norm(grads: Sequence[Any]) -> Any:
-    """Return the L2 norm of all gradients together, float32."""
+def global_square(grads: Sequence[Any]) -> Any:
+    """Return the square of the L2 norm of all gradients together, float32."""
     squares = [ops.cast(ops.sum(ops.square(_wide(grad))), "float32") for grad in grads if grad is not None]
-    return ops.sqrt(sum(squares, ops.zeros((), "float32")))
+    return sum(squares, ops.zeros((), "float32"))
 
 
 def count_replicas() -> int:

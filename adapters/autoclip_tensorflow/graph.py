@@ -7,6 +7,10 @@ What shaped this module, and must stay true:
 - The op lives in the core's own library, for there is one table of histories per process. TensorFlow never loads that
   library, and it is not linked to TensorFlow: it is told where TensorFlow's functions are, and registers its op through
   them.
+- The op is registered when this module is imported: programs from elsewhere may name it, SavedModels and those of a
+  coordinator, and an import is done by one thread.
+- `tf.config.run_functions_eagerly` does not concern the function that takes steps for eager code: the op has no other
+  way in.
 - With a history the op is idempotent: replicas take a step side by side, and it enters the history once.
 - A gradient may be None, or an IndexedSlices that names a row twice: such rows add up before they are squared.
 """
@@ -23,14 +27,13 @@ import tensorflow as tf
 
 from autoclip_core import BackendError, kernel_library
 from autoclip_tensorflow import state as steps
+from autoclip_tensorflow.state import Options, first_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autoclip_tensorflow.state import Options
-
-# XLA says which node it cannot compile, so the node's name says what to do.
-_NODE = "history_is_not_for_jit_compile_so_give_window_instead"
+# TensorFlow says which node it cannot compile or run, so the node's name says what to do.
+_NODE = "history_is_for_this_process_without_jit_compile_so_give_window_instead"
 
 _FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 
@@ -47,14 +50,15 @@ XP = SimpleNamespace(
     maximum=tf.maximum,
     minimum=tf.minimum,
     ones_like=tf.ones_like,
+    sqrt=tf.sqrt,
     stack=tf.stack,
+    stop_gradient=tf.stop_gradient,
     take=tf.gather,
     where=tf.where,
 )
 
 
-@cache
-def _obstacle() -> str:
+def _register() -> str:
     """Register the op; return why that cannot be done, "" if it is."""
     try:
         kernel = ctypes.CDLL(kernel_library())
@@ -75,54 +79,80 @@ def _obstacle() -> str:
     return missing.decode() if missing is not None else ""
 
 
+_OBSTACLE = _register()
+
+
 def check_history() -> None:
     """Raise BackendError, which says what to do instead, if graphs cannot reach a history."""
-    if _obstacle():
+    if _OBSTACLE:
         raise BackendError(
-            f"A history needs the compiled kernel, which cannot be registered with TensorFlow ({_obstacle()}); leave "
+            f"A history needs the compiled kernel, which cannot be registered with TensorFlow ({_OBSTACLE}); leave "
             "it out, and variables keep the last `window` norms."
+        )
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.experimental.ParameterServerStrategy):
+        raise BackendError(
+            "history= is in this process, and under a ParameterServerStrategy other processes take the steps; leave it "
+            "out, and variables keep the last `window` norms."
         )
 
 
-def take_step(options: Options, variables: Mapping[str, Any], norm: tf.Tensor) -> tf.Tensor:
+def take_step(options: Options, variables: Mapping[str, Any], total: tf.Tensor) -> tf.Tensor:
     """Let the norm of a gradient enter the history, change the variables, and return the scale."""
-    # The kernel's op has no Python function, so it is made by its name, and only graphs do that.
-    take = _take_step_eagerly if tf.executing_eagerly() else _take_step
     # A history is known by its id: a graph that is kept for eager steps does not hold it, and is that of others too.
     history = tf.constant(0 if options.history is None else options.history.shared_id, tf.int64)
+    options = Options(*options)._replace(history=None)
     state = {key: tf.convert_to_tensor(variable) for key, variable in variables.items()}
-    *after, scale = take(options._replace(history=None), history, state, norm)
+    if tf.executing_eagerly():
+        *after, scale = _graph(options, state["norms"].shape)(history, state, total)
+    else:
+        *after, scale = _take_step(options, history, state, total)
     for key, value in zip(("norms", "counts", "last"), after, strict=True):
         variables[key].assign(value)
     return scale
 
 
-def _take_step(options: Options, history: tf.Tensor, state: Mapping[str, tf.Tensor], norm: tf.Tensor) -> Any:
+def _take_step(options: Options, history: tf.Tensor, state: Mapping[str, tf.Tensor], total: tf.Tensor) -> Any:
+    in_window = state["norms"].shape.rank == 2  # else the norms are in a history
+
     def observe(*given: tf.Tensor) -> Any:
-        inputs = [*given, state["percentile"], history]
-        return tf.compat.v1.get_default_graph().create_op("AutoClipObserve", inputs, name=_NODE).outputs
+        def by_kernel() -> Any:
+            # The op has no Python function, so it is made by its name, and only graphs do that.
+            graph, inputs = tf.compat.v1.get_default_graph(), [*given, state["percentile"], history]
+            return tuple(graph.create_op("AutoClipObserve", inputs, name=None if in_window else _NODE).outputs)
 
-    by_kernel = partial(steps.take_step, XP, options, state, norm, observe)
-    if state["norms"].shape.rank == 1:  # no window: the norms are in a history
-        return by_kernel()
-    by_operations = partial(steps.take_step, XP, options, state, norm)
-    if _obstacle():
-        return by_operations()
-    # For XLA this index is a constant that names no device.
-    return tf.switch_case(tf.raw_ops.DeviceIndex(device_names=["CPU"]), [by_kernel], default=by_operations)
+        if not in_window:
+            return by_kernel()
+        by_operations = partial(steps.observe_window, XP, state["percentile"], *given)
+        if _OBSTACLE:
+            return by_operations()
+        # For XLA this index is a constant that names no device.
+        return tf.switch_case(tf.raw_ops.DeviceIndex(device_names=["CPU"]), [by_kernel], default=by_operations)
+
+    return steps.take_step(XP, options, state, total, observe)
 
 
-_take_step_eagerly = tf.function(_take_step, autograph=False)
+@cache
+def _graph(options: Options, shape: tf.TensorShape) -> Any:
+    """Return `_take_step` as a graph, for eager code."""
+    like = {key: tf.TensorSpec(value.shape, value.dtype) for key, value in first_state(options, 0.0).items()}
+    with tf.init_scope(), tf.device(None):
+        take = tf.function(partial(_take_step, options), autograph=False)
+        return take.get_concrete_function(
+            tf.TensorSpec((), tf.int64), like | {"norms": tf.TensorSpec(shape)}, tf.TensorSpec(())
+        )
 
 
-def global_norm(grads: Sequence[Any]) -> tf.Tensor:
-    """Return the L2 norm of all gradients together, float32; under tf.distribute that of their sums over replicas."""
+def global_square(grads: Sequence[Any]) -> tf.Tensor:
+    """Return the square of the L2 norm of all gradients together, float32.
+
+    Under tf.distribute it is that of their sums over the replicas.
+    """
     grads = [grad for grad in grads if grad is not None]
     replica = tf.distribute.get_replica_context()
     if grads and replica is not None and replica.num_replicas_in_sync > 1:
         grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, grads)
     halves = [tf.nn.l2_loss(_wide(_dense_rows(grad))) for grad in grads]
-    return tf.sqrt(2.0 * tf.add_n([tf.cast(half, tf.float32) for half in halves])) if halves else tf.constant(0.0)
+    return 2.0 * tf.add_n([tf.cast(half, tf.float32) for half in halves]) if halves else tf.constant(0.0)
 
 
 def count_replicas() -> int:

@@ -6,6 +6,8 @@ What shaped this module, and must stay true:
   gradients.
 - `apply` is the one point that every trainer of Keras passes, and the inner optimizer's own `apply` follows it: so its
   schedule, its weight decay and the backend's fast path stay as they are.
+- It is an optimizer like the one that it wraps: each option of a Keras optimizer, and each method that uses one, is the
+  inner optimizer's. What Keras gives this class besides would be ignored in silence.
 - All state is in variables of fixed shape: so `.keras` files, `tf.train.Checkpoint` and JAX's stateless training work.
 - The inner optimizer may not accumulate gradients: it would hide the accumulated ones, whose norm is the one that
   counts.
@@ -14,6 +16,7 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
@@ -24,12 +27,26 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, St
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.graph import XP, check_history, count_replicas, global_norm, scaled, take_step
+    from autoclip_tensorflow.graph import XP, check_history, count_replicas, global_square, scaled, take_step
 else:
-    from autoclip_tensorflow.dense import XP, check_history, count_replicas, global_norm, scaled, take_step
+    from autoclip_tensorflow.dense import XP, check_history, count_replicas, global_square, scaled, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+def _option(name: str) -> property:
+    """Return an option of the inner optimizer as a property of the wrapper."""
+
+    def get(self: AutoClipOptimizer) -> Any:
+        return None if self._is_plain else getattr(self.inner_optimizer, name)
+
+    def put(self: AutoClipOptimizer, value: Any) -> None:
+        if not self._is_plain:
+            _check_option(name, value)
+            setattr(self.inner_optimizer, name, value)
+
+    return property(get, put, doc=f"The `{name}` of the inner optimizer.")
 
 
 @keras.saving.register_keras_serializable("autoclip")
@@ -72,6 +89,18 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
     Source: Seetharaman, Wichern, Pardo, Le Roux, MLSP 2020, arXiv:2007.14469, Algorithm 1.
     """
 
+    # Keras's own methods see an optimizer without options, where they prepare this one.
+    _is_plain = True
+
+    weight_decay = _option("weight_decay")
+    use_ema = _option("use_ema")
+    ema_momentum = _option("ema_momentum")
+    ema_overwrite_frequency = _option("ema_overwrite_frequency")
+    clipnorm = _option("clipnorm")
+    global_clipnorm = _option("global_clipnorm")
+    clipvalue = _option("clipvalue")
+    loss_scale_factor = _option("loss_scale_factor")
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -90,13 +119,14 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         state = first_state(options, percentile)
         if history is not None:
             check_history()
-        if gradient_accumulation_steps is not None and gradient_accumulation_steps not in range(2, 2**31):
+        steps = gradient_accumulation_steps
+        if steps is not None and not (isinstance(steps, Integral) and 2 <= steps < 2**31):
             raise AutoClipValueError(
-                "gradient_accumulation_steps must be a whole number of at least 2, or None, but "
-                f"{gradient_accumulation_steps!r} was given."
+                f"gradient_accumulation_steps must be a whole number of at least 2, or None, but {steps!r} was given."
             )
         super().__init__(learning_rate=0.0, name=name)  # its own rate is never used
         self.inner_optimizer = inner_optimizer
+        self._is_plain = False
         self._options = options
         self._accumulation_steps = gradient_accumulation_steps
         self._state = {
@@ -117,7 +147,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         During `fit` on the JAX backend a value is taken at the beginning and at the end of an epoch, as one for the
         learning rate is.
         """
-        digits = self._state["percentile"]
+        digits = self._value("percentile")
         return arrays.percentile_of_digits(int(digits[place]) for place in range(digits.shape[0]))
 
     @percentile.setter
@@ -136,8 +166,22 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             `grad_norm` (before clipping), `clip_threshold`, `clip_scale`, `clipped` of the latest step, and the
             counts `steps`, `clipped_steps`, `nonfinite_steps`, and `skipped_in_a_row`, how many of the latest updates
             were dropped one after the other; scalar tensors.
+
+        Raises:
+            StateError: in the middle of an epoch on the JAX backend, where the model holds the state. A callback that
+                asks `self.model.optimizer` gets it, for there Keras gives the state back.
         """
-        return arrays.metrics(XP, *(ops.convert_to_tensor(self._state[key]) for key in ("counts", "last")))
+        return arrays.metrics(XP, self._value("counts"), self._value("last"))
+
+    def _value(self, key: str) -> Any:
+        variable = self._state[key]
+        # Then Keras would give the first value that the variable ever had.
+        if getattr(variable, "_value", variable) is None and not _is_stateless():
+            raise StateError(
+                "During an epoch on Keras's JAX backend the model holds the state of its optimizer; in a callback use "
+                "`self.model.optimizer`, or call `model.jax_state_sync()` first."
+            )
+        return ops.convert_to_tensor(variable)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Make the variables of both optimizers.
@@ -158,7 +202,9 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             self._accumulated = [
                 self.add_variable_from_reference(variable, "accumulated_gradient") for variable in variables
             ]
+        self._is_plain = True
         super().build(variables)
+        self._is_plain = False
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[keras.Variable] | None = None) -> None:
         """Clip the gradients, and let the inner optimizer apply them.
@@ -179,7 +225,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             self._clip_and_apply(grads, trainable_variables)
 
     def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
-        scale = take_step(self._options, self._state, global_norm(grads))
+        scale = take_step(self._options, self._state, global_square(grads))
         self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:
@@ -202,6 +248,15 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """Do it if the condition holds, all that it changes being variables."""
         if keras.config.backend() != "jax":
             ops.cond(condition, action, lambda: None)
+            return
+
+        try:
+            holds: bool | None = bool(condition)
+        except TypeError:  # of JAX, which traces the step
+            holds = None
+        if holds is not None:  # JAX would compile the branches anew in every step
+            if holds:
+                action()
             return
 
         # In JAX a branch has no effects, so it returns what the variables become.
@@ -232,6 +287,38 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def gradient_accumulation_steps(self) -> int | None:
+        """How many batches make a step; it is given at construction."""
+        return None if self._is_plain else self._accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int | None) -> None:
+        if not self._is_plain and steps != self._accumulation_steps:
+            raise AutoClipValueError(
+                f"gradient_accumulation_steps={steps!r} has to be given to AutoClipOptimizer when it is constructed."
+            )
+
+    @property
+    def _model_variables_moving_average(self) -> Any:
+        # SwapEMAWeights looks here, if Keras's loss scaling is around this optimizer.
+        return self.inner_optimizer._model_variables_moving_average
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, keras.Variable]]) -> Any:
+        """Do what `apply` does, and return how many steps were taken."""
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Let the weight decay of the inner optimizer leave out these variables, or those with such names."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all `variables`, those of both optimizers."""
+        own = len(super().variables)
+        self.inner_optimizer.set_weights(weights[own:])
+        super().set_weights(weights[:own])
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         """Let the inner optimizer put its averages into the variables, if it keeps some."""
@@ -292,6 +379,12 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
 
 
 def _check_inner(inner: Any) -> None:
+    name = type(inner).__name__
+    if any(cls.__module__.partition(".")[0] == "tf_keras" for cls in type(inner).__mro__):
+        raise AutoClipTypeError(
+            f"AutoClipOptimizer wraps an optimizer of Keras 3, but {name} of tf_keras, which is Keras 2, was given; "
+            f"use keras.optimizers.{name}, or autoclip_tensorflow.AutoClip in a loop of your own."
+        )
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise AutoClipTypeError(
             f"AutoClipOptimizer wraps a Keras optimizer, such as keras.optimizers.Adam(), but {inner!r} was given."
@@ -300,22 +393,35 @@ def _check_inner(inner: Any) -> None:
         raise AutoClipValueError(
             "The optimizer is wrapped in an AutoClipOptimizer already; clipping twice is a mistake."
         )
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.loss_scale_factor is not None:
-        raise AutoClipValueError(
-            "AutoClipOptimizer needs unscaled gradients, so loss scaling goes around it: "
-            "keras.optimizers.LossScaleOptimizer(AutoClipOptimizer(inner))."
-        )
-    for name in ("clipnorm", "global_clipnorm", "clipvalue"):
-        if getattr(inner, name) is not None:
-            raise AutoClipValueError(
-                f"The inner optimizer has {name}={getattr(inner, name)} and would clip again what AutoClip has "
-                "clipped; leave it out. An upper cap on the threshold is max_threshold."
-            )
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        _check_option("loss_scale_factor", inner.initial_scale)
+    for name in ("loss_scale_factor", "clipnorm", "global_clipnorm", "clipvalue"):
+        _check_option(name, getattr(inner, name))
     if inner.gradient_accumulation_steps is not None:
         raise AutoClipValueError(
             "The inner optimizer accumulates gradients where AutoClip cannot see them; give "
             f"gradient_accumulation_steps={inner.gradient_accumulation_steps} to AutoClipOptimizer instead."
         )
+
+
+def _check_option(name: str, value: Any) -> None:
+    """Check an option of the inner optimizer."""
+    if name == "loss_scale_factor" and value is not None:
+        raise AutoClipValueError(
+            "AutoClipOptimizer needs unscaled gradients, so loss scaling goes around it: "
+            "keras.optimizers.LossScaleOptimizer(AutoClipOptimizer(inner))."
+        )
+    if name in ("clipnorm", "global_clipnorm", "clipvalue") and value is not None:
+        raise AutoClipValueError(
+            f"The inner optimizer has {name}={value} and would clip again what AutoClip has clipped; leave it out. An "
+            "upper cap on the threshold is max_threshold."
+        )
+
+
+def _is_stateless() -> bool:
+    """Return whether Keras takes the values of variables from elsewhere, as it does while a program is traced."""
+    with keras.StatelessScope() as scope:
+        return scope.original_scope is not None
 
 
 def _constant(shape: tuple[int, ...], dtype: Any = None, *, value: Any) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Shorter than JAX's, for a step costs more: TensorFlow copies the window around the kernel, and Keras on JAX passes
+# over it, on the CPU as well. And what was saved with the default has to load. `python -m bench window` measures it.
 DEFAULT_WINDOW = 16_384
 
 
@@ -45,7 +47,7 @@ def digits_of(percentile: float) -> NDArray[np.int32]:
 
 
 def take_step(
-    xp: Any, options: Options, state: Mapping[str, Any], norm: Any, observe: Callable[..., Any] | None = None
+    xp: Any, options: Options, state: Mapping[str, Any], total: Any, observe: Callable[..., tuple[Any, Any]]
 ) -> tuple[Any, Any, Any, Any]:
     """Return what `arrays.take_step` does: the new `norms`, `counts` and `last`, and the scale.
 
@@ -53,23 +55,23 @@ def take_step(
         xp: the array library.
         options: the options.
         state: the values of the variables, by name.
-        norm: the norm of a gradient, float32.
-        observe: how norms are observed; None: over arrays.
+        total: the square of the norm of a gradient, float32.
+        observe: how norms are observed.
     """
-    if observe is None:
-        digits = [state["percentile"][place] for place in range(state["percentile"].shape[0])]
-
-        def observe(norms: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
-            return arrays.observe_window(xp, norms, recorded_steps, norm, digits)
-
     return arrays.take_step(
         xp,
         observe,
         state["norms"],
         state["counts"],
         state["last"],
-        norm,
+        arrays.root(xp, total),
         warmup=options.warmup,
         nonfinite=options.nonfinite,
         max_threshold=options.max_threshold,
     )
+
+
+def observe_window(xp: Any, percentile: Any, norms: Any, recorded_steps: Any, norm: Any) -> tuple[Any, Any]:
+    """Do what `arrays.observe_window` does, with the percentile as its variable holds it."""
+    digits = [percentile[place] for place in range(percentile.shape[0])]
+    return arrays.observe_window(xp, norms, recorded_steps, norm, digits)

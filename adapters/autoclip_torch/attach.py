@@ -13,7 +13,8 @@ Facts about optimizers that shaped this module:
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
+from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import moved
+from autoclip_torch.gradients import as_tensor, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -38,11 +40,13 @@ from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Unpack
 
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from autoclip_core import ClipStep
+    from autoclip_torch.clip import Options
     from autoclip_torch.gradients import Gradients
     from autoclip_torch.groups import Parameters, Scope
     from autoclip_torch.pipeline import Mode, Pipeline
@@ -52,7 +56,29 @@ _MARK = "_autoclip_owner"
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
 _LEAST_FOLDED = 1e-30  # scale, whose inverse a float32 holds with a GradScaler's factor in it
-_clips: WeakKeyDictionary[Optimizer, AutoClip] = WeakKeyDictionary()
+_clips: WeakKeyDictionary[Optimizer, AutoClip[Any]] = WeakKeyDictionary()
+
+
+@overload
+def attach(
+    optimizer: Optimizer,
+    percentile: float = ...,
+    *,
+    scope: Literal["global"] = ...,
+    names: Parameters | None = ...,
+    **options: Unpack[Options],
+) -> AutoClip: ...
+
+
+@overload
+def attach(
+    optimizer: Optimizer,
+    percentile: float = ...,
+    *,
+    scope: Literal["group", "parameter"] | Callable[[str], str],
+    names: Parameters | None = ...,
+    **options: Unpack[Options],
+) -> AutoClip[dict[str, ClipStep]]: ...
 
 
 def attach(
@@ -68,7 +94,7 @@ def attach(
     warmup: int = 0,
     nonfinite: Literal["skip", "raise", "pass"] = "skip",
     max_threshold: float | None = None,
-) -> AutoClip:
+) -> AutoClip[Any]:
     """Clip the gradients of an optimizer inside every `optimizer.step()`, with nothing else to change.
 
     A closure is followed by clipping each time the optimizer calls it: LBFGS evaluates several gradients per step, and
@@ -136,7 +162,7 @@ def attach(
     return clip
 
 
-def attached(optimizer: Optimizer) -> AutoClip | None:
+def attached(optimizer: Optimizer) -> AutoClip[Any] | None:
     """Return the AutoClip that clips inside the steps of an optimizer, or of the one that it wraps; None if none does.
 
     A copy of an attached optimizer (copy.deepcopy, pickle, what a trainer saves whole and loads) is not attached.
@@ -177,7 +203,7 @@ class StepHooks:
         self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
-        self._first: Tensor | None = None  # gradient of the step that is being made
+        self._gradients: Gradients | None = None  # of the step that is being made
         self._is_stepping = self._has_nested = False
         self._shared = self._find_shared(optimizer)
         self._steps = 0
@@ -185,10 +211,10 @@ class StepHooks:
         self._looked_after = 0  # steps
         self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
         self._warned: set[str] = set()
+        self._untraced = _untraced_hooks()
         self._handles = [
-            # What reads values on the host is not for torch.compile to trace.
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def is_on(self) -> bool:
@@ -252,15 +278,17 @@ class StepHooks:
         """Return numbers that change with the parameters, twice, and with the gradients."""
         params = [param for group in optimizer.param_groups for param in group["params"] if not param.is_inference()]
         versions = sum(param._version for param in params)
-        # Not every optimizer writes so that a version tells. Reading is waiting, so only if there never was a step.
-        values = None
-        if not self._steps:
-            plain = [
-                param.detach()
-                for param in params
-                if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
-            ]
-            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else None
+        # Not every optimizer writes so that a version tells. Reading is waiting, so after the first step only a CPU is
+        # asked, where some elements will do.
+        plain = [
+            param.detach()
+            for param in params
+            if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
+        ]
+        if self._steps:
+            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
+        else:
+            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
         return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
 
@@ -272,6 +300,10 @@ class StepHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            before, _ = self._untraced
+            changed: tuple[tuple[Any, ...], dict[str, Any]] | None = before(self, optimizer, args, kwargs)
+            return changed
         if self._is_stepping:  # or did not get as far as the hook behind the step, because it failed
             if is_nested(optimizer):
                 self._has_nested = True
@@ -305,10 +337,14 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_clip}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _, after = self._untraced
+            after(self, optimizer, args, kwargs)
+            return
         if self._has_nested and is_nested(optimizer):
             return
-        if self._first is not None:
-            self._pipeline.repeats.touch(self._first)
+        if self._gradients is not None:
+            self._pipeline.repeats.touch(self._gradients)
         self._take_back()
         self._is_stepping = False
         if self._shared:
@@ -325,7 +361,7 @@ class StepHooks:
         measured = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = measured.norms.isfinite().all().logical_not().float()
+            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
         steps = self._pipeline.decide(measured, found_inf)
         gradients = measured.gradients
         fused = gradients.plain and _is_fused(optimizer)
@@ -342,8 +378,8 @@ class StepHooks:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds)
-        self._first = gradients.first
+        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=grad_scale is None)
+        self._gradients = gradients
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
         """Have the optimizer leave everything alone if the step is dropped."""
@@ -364,7 +400,7 @@ class StepHooks:
         else:
             scale = torch.tensor(steps[0].scale, dtype=torch.float32, device="cpu")
         # Infinity if the step is dropped: then nothing is divided by it.
-        divisor = 1.0 / scale if grad_scale is None else moved(grad_scale, scale.device) / scale
+        divisor = scale.reciprocal() if grad_scale is None else moved(grad_scale, scale.device) / scale
         self._lend(optimizer, "grad_scale", divisor)
 
     def _lend(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
@@ -390,7 +426,7 @@ class StepHooks:
                 delattr(optimizer, name)
             else:
                 setattr(optimizer, name, before)
-        self._hidden, self._lent, self._first = [], [], None
+        self._hidden, self._lent, self._gradients = [], [], None
 
     # Parameters of several optimizers: after one backward() the second one sees what the first has clipped.
 
@@ -421,6 +457,13 @@ class StepHooks:
                 f"This {self._name} shares parameters with another attached optimizer, which has clipped the gradients "
                 "before: AutoClip remembers norms that are clipped. Attach to one of them, or call backward() for each."
             )
+
+
+@cache
+def _untraced_hooks() -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Return the hooks for an optimizer that is traced: what reads values is not for torch.compile to follow."""
+    disable: Any = torch.compiler.disable
+    return disable(StepHooks._before_step), disable(StepHooks._after_step)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

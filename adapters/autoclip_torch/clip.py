@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, cast, overload
 
 import torch
+from typing_extensions import TypeVar  # torch needs it too; typing's has no default before Python 3.13
 
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, ClipStep, NormHistory, StateError
@@ -17,9 +18,33 @@ from autoclip_torch.groups import Groups, Parameters, Scope
 from autoclip_torch.pipeline import Mode, Pipeline
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from torch.distributed import ProcessGroup
 
 _STATE_FORMAT = 1
+
+# What a step returns: one ClipStep of the global scope, a dict of them of any other.
+Steps = TypeVar("Steps", default=ClipStep)
+
+
+class Options(TypedDict, total=False):
+    """The options of an AutoClip but for the scope, on which the type depends; for type checkers."""
+
+    mode: Mode
+    process_group: ProcessGroup | None
+    check_ranks: ProcessGroup | bool
+    window: int | None
+    warmup: int
+    nonfinite: Literal["skip", "raise", "pass"]
+    max_threshold: float | None
+
+
+class AttachOptions(Options, total=False):
+    """The options of `attach`; for type checkers."""
+
+    scope: Scope | Callable[[str], str]
+    names: Parameters | None
 
 
 class Attachment(Protocol):
@@ -38,7 +63,7 @@ class Attachment(Protocol):
         """Return a few words about the optimizer."""
 
 
-class AutoClip:
+class AutoClip(Generic[Steps]):
     """Clip gradients to a percentile of all gradient norms seen so far.
 
     Call `step()` between `loss.backward()` and `optimizer.step()`, on accumulated and unscaled gradients (with a
@@ -85,6 +110,26 @@ class AutoClip:
 
     _attachment: Attachment | None = None  # set by `attach`: clips inside optimizer.step()
     _is_copy = False  # of an attached one, and never told so
+
+    @overload
+    def __init__(
+        self: AutoClip[ClipStep],
+        params: Parameters | Groups,
+        percentile: float = ...,
+        *,
+        scope: Literal["global"] = ...,
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: AutoClip[dict[str, ClipStep]],
+        params: Parameters | Groups,
+        percentile: float = ...,
+        *,
+        scope: Literal["group", "parameter"] | Callable[[str], str],
+        **options: Unpack[Options],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -167,7 +212,7 @@ class AutoClip:
         """How often a deferred step had to wait for the device, because too many norms were on their way already."""
         return self._pipeline.waits
 
-    def step(self) -> Any:
+    def step(self) -> Steps:
         """Clip the gradients in place, and return what was decided.
 
         One pass over the gradients for the norms and one to scale them; deferred, one more that keeps or drops them.
@@ -175,8 +220,8 @@ class AutoClip:
         After a non-finite norm under "skip" the gradients are zeros and the scale is 0.0: an `optimizer.step()` would
         still apply momentum and weight decay, so leave it out to keep the parameters as they are. Where no parameter
         has a gradient, nothing is remembered, and a warning says so once. Gradients that were clipped already are not
-        clipped, remembered or counted again: those whose first tensor nobody has touched since, and whose norm is the
-        one they were left with.
+        clipped, remembered or counted again: those that nobody has written to since, as far as torch knows, and that
+        have the norms and, as far as some are compared, the elements with which they were left.
 
         Returns:
             A ClipStep; with another scope than "global", a dict of them by the names of the groups that have gradients.
@@ -187,7 +232,7 @@ class AutoClip:
             NonFiniteNormError: a norm is NaN or infinite under `nonfinite="raise"`.
         """
         if torch.compiler.is_compiling():
-            return self._step_untraced(self)
+            return cast("Steps", self._step_untraced(self))
         if self._attachment is not None:
             raise AutoClipError(
                 "This AutoClip is attached to an optimizer and clips inside optimizer.step(); leave out the call of "
@@ -201,14 +246,15 @@ class AutoClip:
             gradients = measured.gradients
             pipeline.apply(gradients, steps)
             pipeline.leave(gradients, steps)
+            pipeline.repeats.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            every = enumerate(zip(*steps, strict=True))
+            every = enumerate(zip(*(field.unbind() for field in steps), strict=True))
             steps = {index: ClipStep(*fields) for index, fields in every if index in present}
         if pipeline.groups.scope == "global":
-            return steps[0]
+            return cast("Steps", steps[0])
         names = list(pipeline.groups.by_name)
-        return {names[index]: steps[index] for index in sorted(steps)}
+        return cast("Steps", {names[index]: steps[index] for index in sorted(steps)})
 
     def log(self) -> dict[str, float]:
         """Return the latest step for a logger: plain numbers by name, none before the first step.
@@ -302,6 +348,11 @@ class AutoClip:
         return {"_pipeline": self._pipeline, "_is_copy": self._is_copy or self._attachment is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_pipeline" not in state:
+            raise StateError(
+                "This AutoClip was pickled whole by another release, and only that one can read it; load it there and "
+                "save its state_dict(), which load_state_dict() of every later release reads."
+            )
         self.__dict__.update(state)
         self._step_untraced = _step_untraced()
 
@@ -331,7 +382,7 @@ class AutoClip:
 
 
 @cache
-def _step_untraced() -> Callable[[AutoClip], Any]:
+def _step_untraced() -> Callable[[AutoClip[Any]], Any]:
     """Return `AutoClip.step` for a program that is traced: torch.compile is not to follow what reads values."""
-    untraced: Callable[[AutoClip], Any] = torch.compiler.disable(AutoClip.step)  # type: ignore[no-untyped-call]
+    untraced: Callable[[AutoClip[Any]], Any] = torch.compiler.disable(AutoClip.step)  # type: ignore[no-untyped-call]
     return untraced

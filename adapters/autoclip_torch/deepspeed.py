@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from autoclip_torch.pipeline import Measured
 
+__all__ = ["attach", "attached"]
+
 _EPSILON = 1e-6  # DeepSpeed's, which would break that thresholds scale with the loss
 # Where each optimizer that is known to work keeps the parameters of the model.
 _GROUPS_OF = {

@@ -2,8 +2,9 @@
 
 What shaped this module, and must stay true:
 
-- On a CPU the compiled kernel does the work, in double precision (kernel.py). What it must not touch, and all else, is
-  left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches the host.
+- On a CPU the compiled kernel takes all but large tensors, in double precision (kernel.py). What it must not touch, and
+  all else, is left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches
+  the host.
 - One pass reads the gradients to measure them, one scales them. Where the host does not know whether the update is
   dropped, one more sets them to zero or leaves them: torch has no function that does both at once.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
@@ -16,10 +17,11 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 import sys
-from functools import cache, cached_property
-from itertools import groupby, islice
+from collections import Counter
+from functools import cache
+from itertools import chain, groupby, islice
 from math import inf, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +36,20 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
+_HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
+
+
+class Pattern(NamedTuple):
+    """Gradients that the kernel takes, all of them, without their memory. The next step's have the same, as a rule."""
+
+    counts: list[int]  # of the gradients of each group
+    indices: list[int]  # of the group of each gradient
+    sizes: list[int]  # the counts that are not 0
+    layout: kernel.Layout
 
 
 class Gradients:
@@ -48,12 +60,16 @@ class Gradients:
         process_group: a process group whose ranks hold different parameters of the same groups; None if every rank
             holds all (or holds shards of them as DTensors, which know their ranks).
         device: where the norms shall be, if there is a gradient.
+        pattern: of the gradients of an earlier step. Where it is that of these as well, they are collected in a third
+            of the time.
     """
 
     count: int  # of the groups
-    first: Tensor | None  # the first gradient's memory on this rank; None if there is no gradient
+    first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
+    devices: set[torch.device]  # on which there are gradients
     plain: bool  # whether there are no DTensors
+    pattern: Pattern | None = None  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
 
     def __init__(
@@ -61,30 +77,71 @@ class Gradients:
         groups: Sequence[Sequence[Tensor]],
         process_group: ProcessGroup | None = None,
         device: torch.device | None = None,
+        pattern: Pattern | None = None,
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
+        self._has_kernel = kernel.is_usable()
         # By device, dtype, the process groups over which they are sharded, and whether the kernel takes them.
         self._batches: dict[tuple[Any, ...], _Batch] = {}
-        self.first = None
-        self.device = next((param.device for params in groups for param in params), _CPU)
         # There are no DTensors before somebody has imported their module, which takes a second.
         module = sys.modules.get("torch.distributed.tensor")
-        self._dtensor = module.DTensor if module is not None else ()
-        dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
-        self.plain = not dtensors
-        # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
-        self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
-        _place_like_params(dtensors)
-        self._has_kernel = kernel.is_usable()
+        self._dtensor: Any = () if module is None else module.DTensor
+        kinds = set(map(type, chain.from_iterable(groups))) if self._dtensor else ()
+        self.plain = not kinds or not any(issubclass(kind, self._dtensor) for kind in kinds)
+        self._shards_of: dict[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
+        if not self.plain:
+            dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
+            # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
+            self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+            _place_like_params(dtensors)
+        if pattern is None or not self._take(groups, pattern):
+            self._collect(groups)
+        self.devices = {device for device, *_ in self._batches}
+        if device in self.devices:
+            self.device = device
+        elif self.first is not None:
+            self.device = self.first.device
+        else:
+            self.device = next((param.device for params in groups for param in params), _CPU)
+
+    def _take(self, groups: Sequence[Sequence[Tensor]], pattern: Pattern) -> bool:
+        """Take all gradients at once if they have this pattern; return whether they have."""
+        if not (self._has_kernel and self.plain):
+            return False
+        grads: list[Tensor] = []
+        counts = []
+        for params in groups:
+            grads += (found := [grad for param in params if (grad := param.grad) is not None])
+            counts.append(len(found))
+        if counts != pattern.counts or (addresses := pattern.layout.find(grads)) is None:
+            return False
+        self.first, self.pattern = grads[0], pattern
+        memory = kernel.Memory(pattern.layout, grads, addresses)
+        self._batches[_CPU, grads[0].dtype, (), True] = _Batch(grads, pattern.indices, pattern.sizes, memory)
+        return True
+
+    def _collect(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Take the gradients one after the other, and find their pattern."""
+        found: dict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = {}
         for index, params in enumerate(groups):
             for param in params:
                 if (grad := param.grad) is not None:
-                    self._add(param, grad, index)
-        if device in self.devices:
-            self.device = device
+                    local, address, shards = self._local(param, grad)
+                    key = (_CPU if address else local.device, local.dtype, shards, address > 0)
+                    found.setdefault(key, []).append((local, index, address))
+        for key, items in found.items():
+            tensors, indices, addresses = map(list, zip(*items, strict=True))
+            layout = kernel.Layout(tensors) if key[-1] else None
+            memory = None if layout is None else kernel.Memory(layout, tensors, addresses)
+            sizes = Counter(indices)
+            self._batches[key] = _Batch(tensors, indices, list(sizes.values()), memory)
+            if layout is not None and self.plain and len(found) == 1:
+                counts = [sizes[index] for index in range(len(groups))]
+                self.pattern = Pattern(counts, indices, list(sizes.values()), layout)
 
-    def _add(self, param: Tensor, grad: Any, index: int) -> None:
+    def _local(self, param: Tensor, grad: Any) -> tuple[Tensor, int, tuple[ProcessGroup, ...]]:
+        """Return this rank's memory of a gradient, its address for the kernel, and who has the other shards."""
         shards: tuple[ProcessGroup, ...] = ()
         local = grad
         address = kernel.address(local) if self._has_kernel else 0
@@ -102,27 +159,14 @@ class Gradients:
                 # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
                 local = torch.view_as_real(local.conj() if local.is_conj() else local)
             address = kernel.address(local) if self._has_kernel else 0
-        device = _CPU if address else local.device
         if self.first is None:
             self.first = grad
-            self.device = device
-        key = (device, local.dtype, shards, address > 0)
-        batch = self._batches.get(key)
-        if batch is None:
-            batch = self._batches[key] = _Batch()
-        batch.tensors.append(local)
-        batch.indices.append(index)
-        batch.addresses.append(address)
+        return local, address, shards
 
     @property
     def is_shared(self) -> bool:
         """Whether norms are added up over ranks."""
         return self._process_group is not None or any(self._shards_of.values())
-
-    @property
-    def devices(self) -> set[torch.device]:
-        """The devices on which there are gradients."""
-        return {device for device, *_ in self._batches}
 
     @property
     def present(self) -> set[int]:
@@ -136,8 +180,28 @@ class Gradients:
             return False
         return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
 
-    def norms(self, least: torch.dtype = torch.float32) -> Tensor:
+    @property
+    def rounding(self) -> float:
+        """How far numbers of the coarsest dtype are apart."""
+        return max((torch.finfo(dtype).eps for _, dtype, *_ in self._batches), default=0.0)
+
+    def versions(self) -> int:
+        """Return a number that grows when somebody writes to a gradient so that torch knows it."""
+        if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
+            return version(self.first)
+        return sum([batch.versions() for batch in self._batches.values()])
+
+    def heads(self, *, reads: bool = True) -> dict[tuple[Any, ...], tuple[list[int], bytes] | list[Tensor]]:
+        """Return the bits of some elements; none if ranks have different ones, for they could not agree.
+
+        On a CPU also where the tensors are; where they are is all, unless it `reads`.
+        """
+        return {} if self.is_shared else {key: batch.heads(reads=reads) for key, batch in self._batches.items()}
+
+    def norms(self, least: torch.dtype = torch.float32) -> Tensor | list[float]:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
+
+        As numbers if the host knows them, and need not make a tensor.
 
         Without gradients on any rank a group is `NOT_SEEN`, and a single group has the norm 0. Above about 1e19 a norm
         overflows in float32 and is infinite, as in torch itself.
@@ -148,14 +212,19 @@ class Gradients:
         if len(self._batches) == 1 and not self.is_shared:
             (batch,) = self._batches.values()
             norms = batch.norms(least)
-            return norms if len(norms) == self.count else self._spread(norms, batch.indices, NOT_SEEN)
+            if len(norms) == self.count:
+                return norms
+            if isinstance(norms, Tensor):
+                return self._spread(norms, batch.indices, NOT_SEEN)
+            known = dict(zip(dict.fromkeys(batch.indices), norms, strict=True))
+            return [known.get(index, NOT_SEEN) for index in range(self.count)]
         # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
         # exact in float64, and cannot overflow.
         wide = widest(self.device)
         nothing = torch.zeros((2, self.count), dtype=wide, device=self.device)
         sums = dict.fromkeys([(), *self._shards_of.values()], nothing)
         for (_, _, shards, _), batch in sorted(self._batches.items(), key=_name):
-            squares = moved(batch.norms(least), self.device, wide).square()
+            squares = moved(as_tensor(batch.norms(least)), self.device, wide).square()
             found = torch.stack([squares, torch.ones_like(squares)])
             if len(squares) < self.count:
                 found = self._spread(found, batch.indices, 0.0)
@@ -170,8 +239,8 @@ class Gradients:
             own = total[0].clone()
             torch.distributed.all_reduce(total, group=self._process_group)
             self.joint = torch.cat([total[0], own])
-        norms = total[0].sqrt()
-        return norms if self.count == 1 else torch.where(total[1] > 0, norms, NOT_SEEN)
+        roots = total[0].sqrt()
+        return roots if self.count == 1 else torch.where(total[1] > 0, roots, NOT_SEEN)
 
     def _spread(self, found: Tensor, indices: list[int], fill: float) -> Tensor:
         """Return values of the groups found, shape (..., found), as values of all groups."""
@@ -211,45 +280,69 @@ class Gradients:
             torch._foreach_zero_(batch.tensors)
 
 
-class _Batch:
+class _Batch(NamedTuple):
     """Real, dense, local tensors of one device and dtype that share their memory with gradients."""
 
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.indices: list[int] = []  # of their groups, ascending
-        self.addresses: list[int] = []  # for the kernel, which takes all of them or none; 0 if it does not
+    tensors: list[Tensor]
+    indices: list[int]  # of their groups, ascending
+    sizes: list[int]  # how many are of each group that has any
+    memory: kernel.Memory | None  # of all of them, if the kernel takes them
 
-    @cached_property
-    def _memory(self) -> kernel.Memory | None:
-        return kernel.Memory(self.tensors, self.addresses) if self.addresses[0] else None
-
-    def norms(self, least: torch.dtype) -> Tensor:
-        """Return the norm of each group that is here."""
-        one_group = self.indices[0] == self.indices[-1]
-        sizes = [len(self.indices)] if one_group else [len(list(same)) for _, same in groupby(self.indices)]
-        if self._memory is None:
-            return _norms_of_groups(self.tensors, sizes, least)
-        found = self._memory.norms()
-        if len(sizes) < len(found):
+    def norms(self, least: torch.dtype) -> Tensor | list[float]:
+        """Return the norm of each group that is here; as numbers, if the kernel has measured them."""
+        if self.memory is None:
+            return _norms_of_groups(self.tensors, self.sizes, least)
+        found = self.memory.norms()
+        if len(self.sizes) < len(found):
             norms = iter(found)
-            found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
+            found = [kernel.joint_norm(list(islice(norms, size))) for size in self.sizes]
         if least == self.tensors[0].dtype == torch.float32:
             # Where torch measures, squares overflow. A step must not depend on who does it.
             found = [inf if norm > _MOST else norm for norm in found]
-        return torch.tensor(found, dtype=torch.float64, device=_CPU)
+        return found
+
+    def versions(self) -> int:
+        """Return the sum of the versions; of many small tensors on a CPU, of some of them."""
+        if self.memory is not None:  # the kernel takes no inference tensors, and time counts
+            some = self.tensors[:: len(self.tensors) // 16 + 1]
+            return sum([tensor._version for tensor in some]) + self.tensors[-1]._version
+        return sum(map(version, self.tensors))
+
+    def heads(self, *, reads: bool) -> tuple[list[int], bytes] | list[Tensor]:
+        """Return the bits of the first elements of the first and of the last tensor."""
+        ends = (0, -1) if len(self.tensors) > 1 else (0,)
+        if self.memory is None:
+            return [_head(self.tensors[at]).contiguous().view(torch.uint8) for at in ends]
+        addresses = self.memory.addresses
+        bits = [kernel.head(self.tensors[at], addresses[at]) for at in ends] if reads else ()
+        return addresses, b"".join(bits)
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply each tensor by the scale of its group."""
         factors = [scales[index] for index in self.indices]
-        changed = [at for at, factor in enumerate(factors) if factor != 1.0]
-        if not changed:
+        if set(factors) == {1.0}:
             return
-        if self._memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
-            self._memory.scale_(factors)
+        if self.memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
+            self.memory.scale_(factors)
         elif len(scales) == 1:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
         else:
+            changed = [at for at, factor in enumerate(factors) if factor != 1.0]
             torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
+
+
+def _head(tensor: Tensor) -> Tensor:
+    """Return the first elements, shape (elements,)."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[:_HEAD]
+    while tensor.dim() > 1:
+        tensor = tensor[0]
+    return tensor[:_HEAD]
+
+
+def version(tensor: Tensor | None) -> int:
+    """Return how often a tensor was written to so that torch knows it; an inference tensor does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _is_read_only(grad: Any) -> bool:
@@ -278,8 +371,15 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64 if has_float64(device) else torch.float32
 
 
+def as_tensor(norms: Tensor | list[float]) -> Tensor:
+    """Return norms as a tensor, if they are not one."""
+    return norms if isinstance(norms, Tensor) else torch.tensor(norms, dtype=torch.float64, device=_CPU)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Return whether what is asked of the device is recorded for a graph, and not done."""
+    if device.type == "cpu":
+        return False
     asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
     return asks is not None and asks()
 

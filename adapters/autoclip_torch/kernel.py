@@ -5,18 +5,17 @@ What shaped this module, and must stay true:
 - The compiled kernel reads and writes memory behind torch's back. So it gets only tensors that are nothing but memory:
   no subclass, nothing that a transform or a mode of torch watches over, no gaps.
 - Torch is told of every write: autograd must see that a gradient has changed.
-- Sums are of doubles, and a norm depends neither on the order of the tensors nor on the number of threads.
-- Nothing is kept from step to step. `zero_grad` makes every gradient a new tensor, and where it does not, the same
-  tensor may have other memory by now.
+- Sums are of doubles, and a norm does not depend on the order of the tensors.
+- No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
+  not, the same tensor may have other memory by now.
 """
 
 from __future__ import annotations
 
 import ctypes
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from math import hypot
+from math import gcd, hypot
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
 _WIDTHS = {torch.float32: 4, torch.float64: 8}
 
-# In elements. Threads share out pieces of tensors, and each is given what takes half a millisecond at least, beside
-# which its start does not matter.
-_PIECE = 2**20
-_SHARE = 2**22
+# In elements. Torch shares out a larger tensor to threads of its own. They spin for a while after each task, and would
+# keep threads of ours from their processors.
+_MOST = 2**18
+_HEAD = 256  # bytes
 
 
 def address(tensor: Tensor) -> int:
@@ -44,10 +43,17 @@ def address(tensor: Tensor) -> int:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
         if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)):
             return 0
-        found = tensor.data_ptr()
+        found = tensor.data_ptr() if tensor.numel() <= _MOST else 0
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return 0
     return 0 if found % width else found
+
+
+def head(tensor: Tensor, before: int) -> bytes:
+    """Return the bits of the first elements of a tensor whose `address` was known; if it has other memory now, none."""
+    if tensor.data_ptr() != before:
+        return b""
+    return ctypes.string_at(before, min(tensor.numel() * _WIDTHS[tensor.dtype], _HEAD))
 
 
 def is_usable() -> bool:
@@ -59,65 +65,57 @@ def is_usable() -> bool:
     )
 
 
-class Memory:
-    """The elements of tensors, as the kernel takes them.
+class Layout:
+    """What the kernel must know of tensors besides their addresses. Those of the next step have the same, as a rule.
 
     Args:
-        tensors: of one dtype.
-        addresses: of each, none of them 0.
+        tensors: of one dtype, each of which has an `address`. They are not kept.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.width = _WIDTHS[tensors[0].dtype]
+        self.sizes = array("Q", map(Tensor.numel, tensors))
+        # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
+        # device, sparse tensors and all wrappers), dtype, device, shape and strides. It takes all tensors in one call.
+        guards = torch._C._dynamo.guards.TensorGuards
+        self._guards = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def find(self, tensors: Sequence[Tensor]) -> list[int] | None:
+        """Return the address of each tensor, if these are as many as before, and like them; None if they are not."""
+        if not self._guards.check(*tensors):
+            return None
+        try:
+            addresses = list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a wrapper that hides from whoever asks
+            return None
+        is_memory = all(addresses) and gcd(self.width, *addresses) == self.width
+        return addresses if is_memory else None
+
+
+class Memory:
+    """The elements of tensors, as the kernel takes them."""
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensor], addresses: list[int]) -> None:
+        self._layout = layout
         self._tensors = tensors
-        self._width = _WIDTHS[tensors[0].dtype]
-        sizes = list(map(Tensor.numel, tensors))
-        self._pieces = [-(-size // _PIECE) for size in sizes] if max(sizes) > _PIECE else None  # of each tensor
-        if self._pieces is not None:
-            pieces = [
-                (begin + self._width * at, min(_PIECE, size - at))
-                for begin, size in zip(addresses, sizes, strict=True)
-                for at in range(0, size, _PIECE)
-            ]
-            addresses, sizes = zip(*pieces, strict=True)  # type: ignore[assignment]
-        threads = max(1, min(torch.get_num_threads(), sum(sizes) // _SHARE))
-        self._shares = [(array("Q", addresses[at::threads]), array("Q", sizes[at::threads])) for at in range(threads)]
+        self.addresses = addresses
 
     def norms(self) -> list[float]:
         """Return the L2 norm of each tensor."""
-        count = sum(len(sizes) for _, sizes in self._shares)
-        norms = self._call("autoclip_tensors_measure", [0.0] * count)
-        if self._pieces is None:
-            return norms
-        pieces = iter(norms)
-        return [joint_norm([next(pieces) for _ in range(count)]) for count in self._pieces]
+        norms = array("d", bytes(8 * len(self.addresses)))
+        self._call("autoclip_tensors_measure", norms)
+        return norms.tolist()
 
     def scale_(self, factors: Sequence[float]) -> None:
         """Multiply each tensor by its factor."""
         changed = [tensor for tensor, factor in zip(self._tensors, factors, strict=True) if factor != 1.0]
         torch.autograd.graph.increment_version(changed)
-        if self._pieces is not None:
-            counts = zip(factors, self._pieces, strict=True)
-            factors = [factor for factor, count in counts for _ in range(count)]
-        self._call("autoclip_tensors_scale", factors)
+        self._call("autoclip_tensors_scale", array("d", factors))
 
-    def _call(self, name: str, values: Sequence[float]) -> list[float]:
-        """Call a function of the kernel with a number for each piece; return what the numbers are afterwards."""
-        function = getattr(_library(), name)
-        threads = len(self._shares)
-
-        def call(at: int) -> array[float]:
-            addresses, sizes = self._shares[at]
-            numbers = array("d", values[at::threads])
-            function(_begin(addresses), _begin(sizes), len(sizes), self._width, _begin(numbers))
-            return numbers
-
-        if threads == 1:
-            return call(0).tolist()
-        after = [0.0] * len(values)
-        with ThreadPoolExecutor(threads) as pool:
-            for at, numbers in enumerate(pool.map(call, range(threads))):
-                after[at::threads] = numbers
-        return after
+    def _call(self, name: str, numbers: array[float]) -> None:
+        """Call a function of the kernel with a number for each tensor, which it may change."""
+        addresses, sizes = array("Q", self.addresses), self._layout.sizes
+        getattr(_library(), name)(_begin(addresses), _begin(sizes), len(sizes), self._layout.width, _begin(numbers))
 
 
 def joint_norm(norms: Sequence[float]) -> float:

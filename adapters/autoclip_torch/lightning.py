@@ -24,7 +24,11 @@ from autoclip_torch.attach import attach
 from autoclip_torch.engines import deepspeed_in, fsdp1_group
 
 if TYPE_CHECKING:
-    from autoclip_torch.clip import AutoClip
+    from typing import Unpack
+
+    from autoclip_torch.clip import AttachOptions, AutoClip
+
+__all__ = ["AutoClipCallback"]
 
 
 class AutoClipCallback(Callback):
@@ -47,11 +51,11 @@ class AutoClipCallback(Callback):
     ... )
     """
 
-    def __init__(self, percentile: float = 10.0, **options: Any) -> None:
-        self._options = {"percentile": percentile, **options}
+    def __init__(self, percentile: float = 10.0, **options: Unpack[AttachOptions]) -> None:
+        self._options: dict[str, Any] = {"percentile": percentile, **options}
         self._loaded: dict[str, Any] | None = None  # for the next fit
         self._is_over = False  # the run that has loaded it
-        self.clips: list[AutoClip] = []  # of the trainer's optimizers, in order
+        self.clips: list[AutoClip[Any]] = []  # of the trainer's optimizers, in order
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that clips as well."""

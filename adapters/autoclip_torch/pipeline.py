@@ -21,7 +21,7 @@ from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep,
 from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.engines import refuse_parts
-from autoclip_torch.gradients import NOT_SEEN, Gradients, has_float64, is_capturing, moved, widest
+from autoclip_torch.gradients import NOT_SEEN, Gradients, as_tensor, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from autoclip_torch.gradients import Pattern
     from autoclip_torch.groups import Groups
 
 Mode = Literal["auto", "immediate", "deferred"]
@@ -39,10 +40,10 @@ _DEFERRED_BY_ITSELF = {"cuda", "xpu"}
 
 
 class Measured(NamedTuple):
-    """Gradients and the norm of each group, shape (groups,), unscaled."""
+    """Gradients and the norm of each group, shape (groups,), unscaled; as numbers if the host knows them."""
 
     gradients: Gradients
-    norms: Tensor
+    norms: Tensor | list[float]
 
 
 class Pipeline:
@@ -85,6 +86,7 @@ class Pipeline:
         self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
         self._may_be_copies = process_group is not None
+        self._pattern: Pattern | None = None  # of the latest gradients
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -92,7 +94,7 @@ class Pipeline:
     def __getstate__(self) -> dict[str, Any]:
         # A copy waits for nothing, and its gradients are other tensors.
         self.receive(wait=True)
-        return {**self.__dict__, "_deferred": None, "repeats": Repeats()}
+        return {**self.__dict__, "_deferred": None, "_pattern": None, "repeats": Repeats()}
 
     def make_clip(self) -> AutoClip:
         """Return a clip for one more group."""
@@ -172,7 +174,8 @@ class Pipeline:
             error, self._error = self._error, None
             raise error
         device = self._deferred.device if self._deferred is not None else None
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device)
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._pattern)
+        self._pattern = gradients.pattern
         if is_capturing(gradients.device):
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
@@ -188,7 +191,7 @@ class Pipeline:
         if grad_scale is None:
             norms = gradients.norms()
         else:  # a norm that is not unscaled yet may be beyond float32
-            norms = gradients.norms(widest(gradients.device))
+            norms = as_tensor(gradients.norms(widest(gradients.device)))
             norms = norms / moved(grad_scale, norms.device)
         if self._may_be_copies:
             self._suspect_copies(gradients)
@@ -223,23 +226,24 @@ class Pipeline:
         gradients, norms = measured
         self.agree(norms)
         if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
-            return self._decide_on_device(gradients, norms, found_inf)
+            return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
             return {}
         clips = list(self.clips.values())  # all norms are known: a model may have left its device
-        found = _found(norms.tolist())
+        found = _found(_numbers(norms))
         if self.repeats.has(gradients, found):
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
         return self.observe(found)
 
-    def agree(self, norms: Tensor) -> None:
+    def agree(self, norms: Tensor | list[float]) -> None:
         """Compare norms, shape (groups,), and the thresholds before them with the other ranks, if that is due.
 
         Raises:
             AutoClipError: they differ.
         """
         if self._agreement is not None and self._agreement.is_due():
-            self._agreement.check(norms.tolist(), [clip.threshold for clip in self.clips.values()], norms.device)
+            thresholds = [clip.threshold for clip in self.clips.values()]
+            self._agreement.check(_numbers(norms), thresholds, as_tensor(norms).device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
@@ -250,17 +254,23 @@ class Pipeline:
             self._apply(gradients, steps)
 
     def leave(
-        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool = False
+        self,
+        gradients: Gradients,
+        steps: dict[int, ClipStep] | DeviceStep,
+        *,
+        may_keep_nonfinite: bool = False,
+        exactly: bool = True,
     ) -> None:
-        """Remember the gradients as they are left, so as to know them again.
+        """Remember the gradients as they are left, so as to know them again; `repeats.touch` them at the end.
 
         Args:
             gradients: measured before.
             steps: what was decided.
             may_keep_nonfinite: whether those of a dropped step are as they were, and not zeros.
+            exactly: whether those that are not clipped stay as they were measured.
         """
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
-        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite)
+        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
 
     def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         if isinstance(steps, DeviceStep):
@@ -305,23 +315,22 @@ class Pipeline:
 
     def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
-        items = list(self._clips.items())
+        names, clips = list(self._clips), list(self._clips.values())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
         order: Iterable[int] = norms
         if not all(map(isfinite, norms.values())):
             order = sorted(norms, key=lambda index: isfinite(norms[index]))
         steps = {}
         for index in order:
-            name, clip = items[index]
             try:
-                steps[index] = clip.observe(norms[index])
+                steps[index] = clips[index].observe(norms[index])
             except NonFiniteNormError as error:
                 if self.groups.scope != "global":
-                    error.add_note(f"It is the norm of the group {name!r}.")
+                    error.add_note(f"It is the norm of the group {names[index]!r}.")
                 raise
         if steps:
-            self.latest = {items[index][0]: steps[index] for index in norms}
-            self.clipped_shares.append(sum(step.clipped for step in steps.values()) / len(steps))
+            self.latest = {names[index]: steps[index] for index in norms}
+            self.clipped_shares.append(sum([step.clipped for step in steps.values()]) / len(steps))
             self._watch(hypot(*norms.values()))
         return steps
 
@@ -341,6 +350,10 @@ def is_dropped(steps: dict[int, ClipStep]) -> bool:
     return any(step.scale == 0.0 for step in steps.values())
 
 
+def _numbers(norms: Tensor | list[float]) -> list[float]:
+    return norms if isinstance(norms, list) else norms.tolist()
+
+
 def _found(norms: list[float]) -> dict[int, float]:
     """Return the norms by their groups, without those that are `NOT_SEEN`."""
     return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
@@ -348,5 +361,7 @@ def _found(norms: list[float]) -> dict[int, float]:
 
 def _is_deferred_on(gradients: Gradients) -> bool:
     """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
-    devices = gradients.devices or {gradients.device}
-    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)
+    for device in gradients.devices or {gradients.device}:
+        if device.type not in _DEFERRED_BY_ITSELF or not has_float64(device):
+            return False
+    return True

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from autoclip_torch.clip import AutoClip
 
+__all__ = ["AutoClipMixin"]
+
 _FILE = "autoclip.pt"  # in a checkpoint's folder
 
 
@@ -51,8 +53,7 @@ class AutoClipMixin(TrainerCallback):
     """
 
     args: TrainingArguments
-    model: torch.nn.Module
-    clip: AutoClip | None = None
+    clip: AutoClip[Any] | None = None
 
     def __init__(self, *args: Any, autoclip: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,7 +114,9 @@ class AutoClipMixin(TrainerCallback):
         if self.clip is None or kwargs["optimizer"] is not self._autoclip_optimizer:
             self._autoclip_optimizer = kwargs["optimizer"]
             engine = getattr(self, "deepspeed", None)  # the optimizer alone does not know whether it clips
-            self.clip = attach(engine or self._autoclip_optimizer, **{"names": self.model, **self._autoclip_options})
+            self.clip = attach(
+                engine or self._autoclip_optimizer, **{"names": kwargs["model"], **self._autoclip_options}
+            )
         if not self._autoclip_resumes:
             return
         file = Path(self._autoclip_resumes, _FILE)

@@ -220,8 +220,13 @@ class History:
 
     def to_bytes(self) -> bytes:
         with _lock:
-            norms = self.values() if self._window is None else self._aged()
-        return snapshot.dump(norms, self._window)
+            draft = snapshot.Draft(len(self), self._window)
+            if self._window is None:
+                facts, pool, _ = self._state
+                history_read(facts, pool, 0, draft.norms)
+            else:
+                draft.norms[:] = self._aged()
+        return draft.finished()
 
     @classmethod
     def from_bytes(cls, made: bytes | memoryview) -> Self:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from ctypes import c_char_p, c_uint64, c_void_p, cast
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -64,17 +66,36 @@ def checksum(words: Words) -> np.uint64:
     return code ^ (code >> np.uint64(32))
 
 
-def dump(norms: Floats, window: int | None) -> bytes:
-    """The snapshot of these norms: in order of age if there is a window, else ascending."""
-    flags = 0 if window is None else _HAS_WINDOW
-    words = norms.view(np.uint64)
-    header = np.array([_MAGIC, 64 << 32 | _MINOR << 16 | _MAJOR, flags, len(norms), window or 0, 0, 0], np.uint64)
-    codes = np.array([checksum(header), checksum(words)], np.uint64)
-    return b"".join(part.astype("<u8", copy=False).data for part in (header, codes[:1], words, codes[1:]))
+class Draft:
+    """A snapshot that is being written.
+
+    Args:
+        count: how many norms there are.
+        window: of the history, if it has one.
+    """
+
+    norms: Floats  # to be filled: in order of age if there is a window, else ascending
+
+    def __init__(self, count: int, window: int | None) -> None:
+        self._made = bytes(8 * (_HEADER + count + 1))  # filled in place: nobody else has seen it yet
+        address = cast(c_char_p(self._made), c_void_p).value or 0
+        self._words: Words = np.ctypeslib.as_array((c_uint64 * (_HEADER + count + 1)).from_address(address))
+        self.norms = self._words[_HEADER:-1].view(np.float64)
+        flags = 0 if window is None else _HAS_WINDOW
+        self._words[: _HEADER - 1] = [_MAGIC, 64 << 32 | _MINOR << 16 | _MAJOR, flags, count, window or 0, 0, 0]
+
+    def finished(self) -> bytes:
+        """Return the snapshot, once its norms are there."""
+        words = self._words
+        words[_HEADER - 1] = checksum(words[: _HEADER - 1])
+        words[-1] = checksum(words[_HEADER:-1])
+        if sys.byteorder == "big":
+            words.byteswap(inplace=True)
+        return self._made
 
 
 def load(made: bytes | memoryview) -> tuple[Floats, int | None]:
-    """The norms of a snapshot and its window; the opposite of `dump`. What a later minor version adds is left out."""
+    """The norms of a snapshot and its window; the opposite of `Draft`. What a later minor version adds is left out."""
 
     def refuse() -> NoReturn:
         raise errors.bad_snapshot(len(made))

@@ -24,10 +24,11 @@ _MISSING = {"", "-", "na", "n/a", "<na>", "none", "null"}
 class Log(NamedTuple):
     """The norms that a log holds under one name.
 
-    name: the column, key or tag.
-    norms: shape (steps,), in the order in which they came. Rows without the number are left out.
-    skipped: how many rows could not be read.
-    notes: a sentence on each thing that was skipped, missing or odd; none where all was read.
+    Attributes:
+        name: the column, key or tag.
+        norms: shape (steps,), in the order in which they came. Rows without the number are left out.
+        skipped: how many rows could not be read.
+        notes: a sentence on each thing that was skipped, missing or odd; none where all was read.
     """
 
     name: str

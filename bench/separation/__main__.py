@@ -17,6 +17,7 @@ from bench.separation.plots import draw_dynamics, draw_table
 from bench.separation.table import AUTOCLIP, PERCENTILES, TableError, make_table, measure
 from bench.separation.train import Settings, Training
 
+SHAPES = "layers x units: " + ", ".join(f"{name} {layers} x {units}" for name, (layers, units) in SIZES.items())
 CHOICES = {"corpus": ("prompts", "folder", "synthetic"), "network": tuple(SIZES)}
 
 
@@ -42,7 +43,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for field in fields(Settings):
         kind = str if isinstance(field.default, str) else positive(type(field.default))
         name, choices = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
-        common.add_argument(name, type=kind, default=field.default, choices=choices, help="default: %(default)s")
+        about = f"{SHAPES}; " if field.name == "network" else ""
+        words = f"{about}default: %(default)s"
+        common.add_argument(name, type=kind, default=field.default, choices=choices, help=words)
     output = {
         "type": Path,
         "default": ROOT / "build/separation",

@@ -252,7 +252,7 @@ def read_tree(folder: Path, counts: Sequence[int]) -> dict[str, Sequence[Waves]]
     return parts
 
 
-# --- One door ---------------------------------------------------------------------------------------------------------
+# --- Any corpus -------------------------------------------------------------------------------------------------------
 
 
 def load(corpus: str, folder: Path, counts: Sequence[int], seed: int = 0) -> dict[str, Sequence[Waves]]:

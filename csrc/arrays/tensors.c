@@ -17,14 +17,10 @@ enum { FURTHEST = 1000 };
 
 /* Where compilers can make a function for processors that are newer than what the rest is built for, and ask at run time:
  * twice as fast with the same bits, since each lane adds the same numbers in the same order. */
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) &&                                                 \
-    !defined(_WIN32) /* GCC misaligns a stack there */
-#define HAS_AVX2 __builtin_cpu_supports("avx2")
-#define WITH_AVX2 __attribute__((target("avx2")))
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) && !defined(_WIN32) && !defined(AUTOCLIP_NO_AVX2)
+#define TRIES_AVX2 /* not on Windows, where GCC misaligns the stack */
 #define INLINE static inline __attribute__((always_inline))
 #else
-#define HAS_AVX2 0
-#define WITH_AVX2
 #define INLINE static inline
 #endif
 
@@ -77,20 +73,35 @@ static double squares_anywhere(const void *numbers, size_t size, size_t width, d
     return squares(numbers, size, width, unit);
 }
 
-WITH_AVX2 static double squares_with_avx2(const void *numbers, size_t size, size_t width, double unit) {
-    return squares(numbers, size, width, unit);
-}
-
 static void scale_anywhere(void *numbers, size_t size, size_t width, double factor) {
     scale(numbers, size, width, factor);
 }
 
-WITH_AVX2 static void scale_with_avx2(void *numbers, size_t size, size_t width, double factor) {
+typedef double sum_function(const void *numbers, size_t size, size_t width, double unit);
+typedef void scale_function(void *numbers, size_t size, size_t width, double factor);
+
+#if defined(TRIES_AVX2)
+__attribute__((target("avx2"))) static double squares_with_avx2(const void *numbers, size_t size, size_t width,
+                                                                double unit) {
+    return squares(numbers, size, width, unit);
+}
+
+__attribute__((target("avx2"))) static void scale_with_avx2(void *numbers, size_t size, size_t width, double factor) {
     scale(numbers, size, width, factor);
 }
 
+static sum_function *fastest_squares(void) {
+    return __builtin_cpu_supports("avx2") ? squares_with_avx2 : squares_anywhere;
+}
+
+static scale_function *fastest_scale(void) { return __builtin_cpu_supports("avx2") ? scale_with_avx2 : scale_anywhere; }
+#else
+static sum_function *fastest_squares(void) { return squares_anywhere; }
+static scale_function *fastest_scale(void) { return scale_anywhere; }
+#endif
+
 static double norm_of(const void *numbers, size_t size, size_t width) {
-    double (*const sum)(const void *, size_t, size_t, double) = HAS_AVX2 ? squares_with_avx2 : squares_anywhere;
+    sum_function *const sum = fastest_squares();
     const double found = sum(numbers, size, width, 1.0);
     /* The squares of floats are doubles, with room for as many of them as there is memory. */
     if (width == sizeof(float) || (found >= LEAST_SQUARES && found <= DBL_MAX) || isnan(found)) return sqrt(found);
@@ -118,7 +129,7 @@ void autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, 
 
 void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
                             const double *factors) {
-    void (*const multiply)(void *, size_t, size_t, double) = HAS_AVX2 ? scale_with_avx2 : scale_anywhere;
+    scale_function *const multiply = fastest_scale();
     for (size_t i = 0; i < count; ++i) {
         if (factors[i] != 1.0) multiply((void *)(uintptr_t)addresses[i], (size_t)sizes[i], width, factors[i]);
     }

@@ -48,7 +48,7 @@
 
 /* The version of this header. The one place where the version of the whole project is written. */
 #define AUTOCLIP_VERSION_MAJOR 0
-#define AUTOCLIP_VERSION_MINOR 1
+#define AUTOCLIP_VERSION_MINOR 2
 #define AUTOCLIP_VERSION_PATCH 0
 
 /* Grows by one with every change that breaks programs linked against an earlier library; it is the SONAME. */

@@ -212,6 +212,11 @@ def test_percentile_over_arrays_is_within_an_ulp_where_neighbours_are_far_apart(
     assert ulps(found, low + (high - low) * (percentiles.astype(np.float64) / 100)) <= 1
 
 
+@pytest.mark.parametrize("percentile", [33.3, 99.999999999, 100 / 3, 1e-9])
+def test_percentile_reaches_the_kernel_to_the_last_bit(percentile):
+    assert sum(map(float, np.asarray(kernel._exact(percentile)))) == percentile
+
+
 def test_rank_is_exact_in_the_longest_window():
     # Where float32 has no digit left for the rank: every norm is its own rank.
     last = arrays.MAX_WINDOW - 1

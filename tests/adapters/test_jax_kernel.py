@@ -1,6 +1,7 @@
 """The handlers of the kernel in XLA: their binary interface, what programs call, and what there is without them."""
 
 import ctypes
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 from autoclip_jax import autoclip, kernel
+from jax import export
+from jax.experimental import serialize_executable
 
 from autoclip_core import NormHistory, kernel_library
 
@@ -176,6 +179,50 @@ def test_handlers_refuse_calls_that_are_not_theirs():
                 jax.block_until_ready(jax.jit(jax.ffi.ffi_call(target, (shape,) * results))(*[jnp.ones(1)] * operands))
     with pytest.raises(jax.errors.JaxRuntimeError, match="bad call"):
         window_call([], [], 1, 1, 50)
+
+
+# In another process.
+
+
+def test_saved_programs_run_in_a_process_that_has_registered_the_kernel(run_python, tmp_path):
+    grad = jnp.ones(1)
+    for home in ("window", "tree"):
+        tx = autoclip(50.0, **({"history": NormHistory()} if home == "tree" else {"window": 8}))
+        leaves, structure = jax.tree.flatten(tx.init(grad))
+
+        def step(grad, *leaves, tx=tx, structure=structure):
+            _, state = tx.update(grad, jax.tree.unflatten(structure, leaves))
+            return state.clip_threshold, *jax.tree.leaves(state)
+
+        compiled = jax.jit(step).lower(grad, *leaves).compile()
+        (tmp_path / f"{home}.compiled").write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+        allowed = [export.DisabledSafetyCheck.custom_call(f"autoclip_xla_{home}")]
+        exported = export.export(jax.jit(step), disabled_checks=allowed)(grad, *leaves)
+        (tmp_path / f"{home}.exported").write_bytes(exported.serialize())
+        np.savez(tmp_path / f"{home}.npz", *leaves)
+    code = """
+import pickle
+from pathlib import Path
+import autoclip_jax
+assert autoclip_jax.backend() == "native"
+import jax.numpy as jnp, numpy as np
+from jax import export
+from jax.experimental import serialize_executable
+for home in ("window", "tree"):
+    for program in (
+        serialize_executable.deserialize_and_load(*pickle.loads(Path(f"{home}.compiled").read_bytes())),
+        export.deserialize(bytearray(Path(f"{home}.exported").read_bytes())).call,
+    ):
+        leaves, found = [jnp.asarray(leaf) for leaf in np.load(f"{home}.npz").values()], []
+        try:
+            for norm in (3.0, 6.0, 1.0):
+                threshold, *leaves = program(jnp.array([norm]), *leaves)
+                found.append(float(threshold))
+            print(found)
+        except Exception as error:
+            print("no history with this id" in str(error))
+"""
+    assert run_python(code) == "[3.0, 4.5, 3.0]\n[3.0, 4.5, 3.0]\nTrue\nTrue\n"
 
 
 # Without the handlers.

@@ -11,7 +11,7 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from autoclip_core import NormHistory
-from autoclip_jax import autoclip, metrics
+from autoclip_jax import autoclip, load_history, metrics, save_history
 from jax.sharding import NamedSharding, PartitionSpec
 
 process, port = int(sys.argv[1]), sys.argv[2]
@@ -61,8 +61,13 @@ _, _, undisturbed = train(window, params, state, range(10, 20))
 _, _, resumed = train(window, *jax.tree.map(on_mesh, saved), range(10, 20))
 history = NormHistory()
 tree = make(history=history)
-_, _, in_tree = train(tree, start, jax.jit(tree.init)(start), range(20))
-seen = {"window": first + undisturbed, "resumed": first + resumed, "tree": in_tree}
+params, state, in_tree = train(tree, start, jax.jit(tree.init)(start), range(10))
+saved, saved_history = jax.tree.map(np.asarray, (params, state)), save_history(history, state)
+_, _, undisturbed_tree = train(tree, params, state, range(10, 20))
+again = make(history=load_history(saved_history))
+_, _, resumed_tree = train(again, *jax.tree.map(on_mesh, saved), range(10, 20))
+seen = {"window": first + undisturbed, "resumed": first + resumed}
+seen |= {"tree": in_tree + undisturbed_tree, "resumed tree": in_tree + resumed_tree}
 print(json.dumps(seen | {"history": history.values().tolist()}))
 """
 
@@ -104,6 +109,7 @@ def test_thresholds_are_those_of_numpy(printed, home):
 
 def test_state_that_is_put_on_the_mesh_again_goes_on(printed):
     assert printed[0]["resumed"] == printed[0]["window"]
+    assert printed[0]["resumed tree"] == printed[0]["tree"]
 
 
 def test_each_process_has_the_whole_history(printed):

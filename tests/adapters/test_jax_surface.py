@@ -1,5 +1,8 @@
 """AutoClip for JAX inside everything that JAX, optax, flax, equinox and orbax do with a transformation."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import equinox as eqx
 import flax.linen as nn
 import flax.serialization
@@ -10,11 +13,14 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
-from autoclip_jax import AutoClipState, autoclip, metrics
+from autoclip_jax import AutoClipState, autoclip, kernel, metrics
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.experimental import checkify
 
 from autoclip_core import AutoClip, NormHistory
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 NORMS = np.random.default_rng(0).lognormal(size=60).astype(np.float32)
 
@@ -176,6 +182,76 @@ def test_strict_promotion_of_types(dtype, options):
         for norm in (0.0, 2.0, 4.0):
             updates, state = jax.jit(tx.update)(jnp.array([norm], dtype), state)
         assert (updates.dtype, state.clip_threshold, updates[0]) == (dtype, 3.0, 3.0)
+
+
+SWITCHES = {
+    "debug_nans": partial(jax.debug_nans, True),
+    "debug_infs": partial(jax.debug_infs, True),
+    "disable_jit": jax.disable_jit,
+    "enable_x64": partial(enable_x64, True),
+    "rank_promotion": partial(jax.numpy_rank_promotion, "raise"),
+    "checkify": nullcontext,
+}
+
+
+@pytest.mark.parametrize("home", ["kernel", "jax.numpy", "tree"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_steps_are_the_same_under_every_switch(switch, home, monkeypatch):
+    if home == "jax.numpy":
+        monkeypatch.setattr(kernel, "_obstacle", lambda: "this test does without")
+    norms = [0.0, 3.0, 1.0, 9.0, 2.0, 5.0]
+    with SWITCHES[switch]():
+        tx = autoclip(50.0, **({"history": NormHistory()} if home == "tree" else {"window": 4}))
+        state, found = tx.init(jnp.ones(1)), []
+        update = checkify.checkify(tx.update, errors=checkify.all_checks) if switch == "checkify" else tx.update
+        step = jax.jit(update)
+        for norm in norms:
+            after = step(jnp.array([norm], jnp.float32), state)
+            if switch == "checkify":
+                error, after = after
+                error.throw()
+            _, state = after
+            if norm > 0.0:
+                found.append(metrics(state)["clip_threshold"].item())
+    expected = core_steps(norms, 50.0, window=None if home == "tree" else 4)
+    assert found == [step.threshold for step in expected[1:]]
+
+
+def test_frozen_leaves_count_unless_they_are_masked():
+    # The programs of the page.
+    params, trained = {"body": jnp.ones(100), "head": jnp.ones(2)}, {"body": False, "head": True}
+    frozen = optax.masked(optax.set_to_zero(), {"body": True, "head": False})
+    for tx, norm in (
+        (optax.chain(autoclip(), frozen), np.sqrt(102)),
+        (optax.chain(frozen, autoclip()), np.sqrt(2)),
+        (optax.chain(optax.masked(autoclip(), trained), frozen), np.sqrt(2)),
+    ):
+        _, state = tx.update(params, tx.init(params), params)
+        assert metrics(state)["grad_norm"] == np.float32(norm)
+
+
+@pytest.mark.parametrize("home", ["kernel", "jax.numpy", "tree"])
+def test_threshold_is_a_constant_where_a_step_is_differentiated(home, monkeypatch):
+    if home == "jax.numpy":
+        monkeypatch.setattr(kernel, "_obstacle", lambda: "this test does without")
+    tx = autoclip(50.0, **({"history": NormHistory()} if home == "tree" else {"window": 4}))
+    _, state = tx.update(jnp.array([1.0, 0.0]), tx.init(jnp.ones(2)))
+    start = np.array([3.0, -2.0])
+    norm = np.linalg.norm(3 * start**2)
+
+    def after(weights, xp, clip):
+        return xp.sum((weights - 0.1 * clip(3 * weights**2)) ** 2)
+
+    def constant(grad):
+        return (1 + norm) / 2 / np.linalg.norm(grad) * grad
+
+    derivative = jax.grad(after)(jnp.array(start), jnp, lambda grad: tx.update(grad, state)[0])
+    expected = [
+        (after(start + step, np, constant) - after(start - step, np, constant)) / 2e-6 for step in 1e-6 * np.eye(2)
+    ]
+    np.testing.assert_allclose(derivative, expected, rtol=1e-4)
+    # A zero gradient has a norm that has no derivative.
+    np.testing.assert_array_equal(jax.grad(after)(jnp.zeros(2), jnp, lambda grad: tx.update(grad, state)[0]), 0.0)
 
 
 def test_apply_if_finite_hides_what_is_not(options):
@@ -382,3 +458,10 @@ def test_state_restored_into_another_window_is_refused():
     restored = flax.serialization.from_bytes(tx.init(jnp.ones(1)), saved)
     with pytest.raises(ValueError, match="window=8"):
         tx.update(jnp.ones(1), restored)
+
+
+def test_norms_of_the_state_have_no_gradient():
+    tx = autoclip(50.0, window=4)
+    state = tx.init(jnp.zeros(2))
+    slope = jax.grad(lambda norms: tx.update(jnp.ones(2), state._replace(norms=norms))[0].sum())(state.norms)
+    assert (slope == 0.0).all()

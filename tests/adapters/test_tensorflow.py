@@ -27,6 +27,8 @@ from .contract import ByStep, CompiledContract, Way, WindowContract  # noqa: E40
 
 LARGEST = np.finfo(np.float32).max
 ROOT = Path(__file__).resolve().parent.parent.parent
+# TensorFlow greets on the standard error.
+QUIETLY = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'; os.environ['TF_ENABLE_ONEDNN_OPTS'] = '0'\n"
 MODES = ("eager", "graph", "XLA", "tree", "eager tree")
 
 
@@ -138,7 +140,7 @@ class TestWindow(WindowContract):
 
 
 def test_operations_of_tensorflow_do_without_the_kernel(monkeypatch, trace):
-    monkeypatch.setattr(graph, "_obstacle", lambda: "the sky is falling")
+    monkeypatch.setattr(graph, "_OBSTACLE", "the sky is falling")
     clip, call = make("graph", window=20)
     core = Core(window=20)
     for norm in trace[:60]:
@@ -279,19 +281,21 @@ def test_history_is_shared_with_the_process():
 
 def test_tree_is_not_for_xla_and_the_error_says_what_is():
     clip = AutoClip(history=NormHistory())
-    with pytest.raises(tf.errors.InvalidArgumentError, match="history_is_not_for_jit_compile_so_give_window_instead"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="history_is_for_this_process_without_jit_compile_so_give_window_instead"
+    ):
         tf.function(clip, jit_compile=True)([tf.constant([1.0])])
 
 
 def test_tree_that_cannot_be_reached_is_refused(monkeypatch):
-    monkeypatch.setattr(graph, "_obstacle", lambda: "the sky is falling")
+    monkeypatch.setattr(graph, "_OBSTACLE", "the sky is falling")
     with pytest.raises(BackendError, match=r"the sky is falling.*variables keep the last `window` norms"):
         AutoClip(history=NormHistory())
 
 
 def test_tree_is_refused_where_tensorflow_has_no_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(graph, "_obstacle", graph._obstacle.__wrapped__)
     monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path))
+    monkeypatch.setattr(graph, "_OBSTACLE", graph._register())
     with pytest.raises(BackendError, match=r"no libtensorflow_framework in .*variables keep the last `window` norms"):
         AutoClip(history=NormHistory())
 
@@ -309,7 +313,6 @@ def test_tree_is_refused_where_tensorflow_has_no_library(monkeypatch, tmp_path):
     ids=str,
 )
 def test_op_refuses_what_it_cannot_use(change, message):
-    AutoClip(history=NormHistory())  # registers the op
     inputs = {
         "norms": np.full((2, 3), LARGEST),
         "recorded_steps": np.int32(0),
@@ -361,10 +364,205 @@ TF_FUNCTIONS(SAME)
     assert compile_it(code + "static void (*wrong)(void) = TF_TensorData;").returncode != 0
 
 
-# Several devices.
+# Where it is differentiated.
 
-# TensorFlow greets on the standard error.
-QUIETLY = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'; os.environ['TF_ENABLE_ONEDNN_OPTS'] = '0'\n"
+
+def outer_gradient(mode, nested, start, clip):
+    """The derivative of a loss after a step with a clipped gradient, by the weights before it, and the gradient."""
+    weights = tf.Variable(start)
+
+    def train():
+        with nested(weights) as outer:
+            with tf.GradientTape() as inner:
+                loss = tf.reduce_sum(weights**3)
+            (grad,) = clip([inner.gradient(loss, weights)])
+            loss = tf.reduce_sum((weights - 0.1 * grad) ** 2)
+        return (outer.jvp(loss) if nested is not tape else outer.gradient(loss, weights)), grad
+
+    found = (train if "eager" in mode else tf.function(train, jit_compile=mode == "XLA"))()
+    return [tensor.numpy() for tensor in found]
+
+
+def tape(weights):
+    return tf.GradientTape(persistent=True)
+
+
+def forward(weights):
+    return tf.autodiff.ForwardAccumulator(weights, tf.constant([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threshold_is_a_constant_where_a_step_is_differentiated(mode):
+    start = [3.0, -2.0]
+    clip, _ = make(mode, 50.0)
+    clip([tf.constant([1.0, 0.0])])
+    derivative, grad = outer_gradient(mode, tape, start, clip)
+    threshold = numbers(clip)["clip_threshold"]
+    assert threshold == pytest.approx(np.linalg.norm(grad), rel=1e-6)
+
+    def loss(weights):
+        grad = 3 * weights**2
+        return np.sum((weights - 0.1 * threshold / np.linalg.norm(grad) * grad) ** 2)
+
+    expected = [(loss(start + step) - loss(start - step)) / 2e-6 for step in 1e-6 * np.eye(2)]
+    np.testing.assert_allclose(derivative, expected, rtol=1e-4)
+    # A zero gradient has a norm that has no derivative.
+    derivative, grad = outer_gradient(mode, tape, [0.0, 0.0], clip)
+    np.testing.assert_array_equal([derivative, grad], 0.0)
+    assert numbers(clip)["steps"] == 3
+
+
+@pytest.mark.parametrize("mode", ["eager", "eager tree", "graph"])
+def test_forward_derivative_takes_the_threshold_as_a_constant_too(mode):
+    clips = [make(mode, 50.0)[0] for _ in range(2)]
+    for clip in clips:
+        clip([tf.constant([1.0, 0.0])])
+    along, _ = outer_gradient(mode, forward, [3.0, -2.0], clips[0])
+    derivative, _ = outer_gradient(mode, tape, [3.0, -2.0], clips[1])
+    assert along == pytest.approx(derivative[0], rel=1e-5)
+
+
+# Switches.
+
+
+def check_numerics():
+    tf.debugging.enable_check_numerics()
+    return tf.debugging.disable_check_numerics
+
+
+def dump_debug_info(folder):
+    tf.debugging.experimental.enable_dump_debug_info(str(folder), tensor_debug_mode="FULL_HEALTH")
+    return tf.debugging.experimental.disable_dump_debug_info
+
+
+def run_functions_eagerly():
+    tf.config.run_functions_eagerly(True)
+    return partial(tf.config.run_functions_eagerly, False)
+
+
+def compile_clusters():
+    tf.config.optimizer.set_jit(True)
+    return partial(tf.config.optimizer.set_jit, False)
+
+
+SWITCHES = [check_numerics, dump_debug_info, run_functions_eagerly, compile_clusters]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.__name__)
+def test_steps_are_the_same_under_every_switch(switch, tmp_path):
+    norms = [0.0, 3.0, 1.0, 9.0, 2.0]
+    core = Core(50.0)
+    expected = [core.observe(norm).threshold for norm in norms][1:]
+    graph._graph.cache_clear()
+    switch_off = switch(*([tmp_path] if switch is dump_debug_info else []))
+    try:
+        for mode in MODES:
+            if mode == "XLA" and switch in (check_numerics, dump_debug_info):
+                continue  # there TensorFlow's own functions do not compile
+            clip, call = make(mode, 50.0)
+            call([tf.constant([norms[0]])])
+            found = []
+            for norm in norms[1:]:
+                call([tf.constant([norm])])
+                found.append(numbers(clip)["clip_threshold"])
+            assert found == expected, mode
+            assert tf.function(clip.metrics)()["clip_threshold"] == expected[-1]
+    finally:
+        switch_off()
+        graph._graph.cache_clear()
+
+
+# Another process.
+
+
+class Training(tf.Module):
+    """A step that can be saved as a program."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    @tf.function(input_signature=[tf.TensorSpec([2])])
+    def step(self, grad):
+        self.clip([grad])
+        return self.clip.metrics()["clip_threshold"]
+
+
+def test_programs_run_in_a_process_that_imports_the_package_only(run_python, tmp_path):
+    for home, clip in (("window", AutoClip(50.0, window=8)), ("tree", AutoClip(50.0, history=NormHistory()))):
+        training = Training(clip)
+        training.step(tf.constant([3.0, 4.0]))
+        tf.saved_model.save(training, str(tmp_path / home))
+    code = """
+import sys
+import threading
+
+# By two threads at once.
+threads = [threading.Thread(target=__import__, args=("autoclip_tensorflow",)) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+import tensorflow as tf
+program = tf.saved_model.load("window")
+print(*[float(program.step(tf.constant([0.0, norm]))) for norm in (6.0, 1.0)])
+program = tf.saved_model.load("tree")
+try:
+    program.step(tf.constant([0.0, 6.0]))
+except tf.errors.FailedPreconditionError as error:
+    print("There is no history with this id" in str(error))
+
+from autoclip_core import NormHistory
+from autoclip_tensorflow import AutoClip
+tf.config.experimental.enable_op_determinism()
+tf.random.set_seed(1)
+for clip in (AutoClip(50.0), AutoClip(50.0, history=NormHistory())):
+    for call in (clip, tf.function(clip)):
+        call([tf.constant([3.0])])
+    print(float(clip.metrics()["clip_threshold"]), int(clip.metrics()["steps"]))
+"""
+    assert run_python(QUIETLY + code) == "5.5 5.0\nTrue\n3.0 2\n3.0 2\n"
+
+
+def test_parameter_server_that_imports_the_package_takes_steps(run_python):
+    serve = """
+import json, sys
+import autoclip_tensorflow, tensorflow as tf
+cluster = tf.train.ClusterSpec(json.loads(sys.argv[1]))
+servers = [tf.distribute.Server(cluster, job, 0, protocol="grpc") for job in ("worker", "ps")]
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    code = f"""
+import json, socket, subprocess, sys
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+cluster = {{job: [f"127.0.0.1:{{each.getsockname()[1]}}"] for job, each in zip(("worker", "ps"), sockets)}}
+for each in sockets: each.close()
+command = [sys.executable, "-P", "-c", {QUIETLY + serve!r}, json.dumps(cluster)]
+server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+import tensorflow as tf
+from autoclip_core import BackendError, NormHistory
+from autoclip_tensorflow import AutoClip
+server.stdout.readline()
+resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec(cluster), rpc_layer="grpc")
+strategy = tf.distribute.ParameterServerStrategy(resolver)
+coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+with strategy.scope():
+    clip = AutoClip(50.0, window=8)
+    try: AutoClip(history=NormHistory())
+    except BackendError as error: print(error)
+step = tf.function(lambda norm: strategy.run(lambda: clip([norm[None]])[0]))
+for norm in (5.0, 6.0, 1.0):
+    update = coordinator.schedule(step, args=(tf.constant(norm),))
+    coordinator.join()
+print(float(clip.metrics()["clip_threshold"]), float(update.fetch()[0]), flush=True)
+server.kill()
+import os; os._exit(0)  # else TensorFlow tells of the server that is gone
+"""
+    refused, found = run_python(QUIETLY + code, timeout=300).splitlines()
+    assert "under a ParameterServerStrategy other processes take the steps; leave it out" in refused
+    assert found == "5.0 1.0"
+
+
+# Several devices.
 
 
 def test_replicas_see_the_norm_of_the_reduced_gradient(run_python):
@@ -399,6 +597,8 @@ for history in (None, NormHistory()):
             np.testing.assert_allclose(value, alone.metrics()[name], rtol=1e-5)
     if history is not None:
         assert len(history) == 30
+    tf.function(lambda: strategy.run(lambda: clip([None])))()  # nothing to add up
+    assert int(clip.metrics()["steps"]) == 31
 print("agreed")
 """
     assert run_python(QUIETLY + code) == "agreed\n"

@@ -8,8 +8,11 @@ from math import nan
 
 import pytest
 import torch
-from autoclip_torch import AutoClip, attach
+from autoclip_torch import AutoClip, attach, gradients, pipeline
+from autoclip_torch.deferred import Pending
 from torch import nn
+
+from autoclip_core import NonFiniteNormError
 
 MODES = ("immediate", "deferred")
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -221,3 +224,113 @@ def test_scale_that_a_failed_step_left_behind_is_not_taken_for_a_gradscalers():
     step(8.0)
     assert clip.history.values().tolist() == [1.0, 4.0, 8.0]
     assert param.item() == -2.0
+
+
+# Norms that are on their way.
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Norms arrive when somebody waits for them."""
+    monkeypatch.setattr(Pending, "has_arrived", lambda _: False)
+
+
+@pytest.mark.usefixtures("late")
+def test_model_that_leaves_its_accelerator_keeps_the_norms_on_their_way(monkeypatch):
+    (param,) = make_params()
+    clip = AutoClip([param], 50.0)
+    found = []
+    for number, norm in enumerate((4.0, 2.0, 3.0, 10.0)):
+        monkeypatch.setattr(pipeline, "_DEFERRED_BY_ITSELF", {"cpu"} if number < 2 else set())
+        give([param], norm)
+        found.append(float(clip.step().threshold))
+    assert found == [4.0, 3.0, 3.0, 3.5]
+
+
+def test_deferred_steps_follow_the_gradients_to_another_device():
+    (param,) = make_params()
+    clip = AutoClip([param], 50.0, mode="deferred")
+    for norm in (1.0, 2.0):
+        give([param], norm)
+        clip.step()
+    clip._pipeline._deferred.device = torch.device("meta")  # in place of the one that they have left
+    give([param], 3.0)
+    assert clip.step().threshold.item() == 2.0
+
+
+@pytest.mark.usefixtures("late")
+def test_percentile_outlives_a_late_norm_that_is_an_error():
+    (param,) = make_params()
+    clip = AutoClip([param], 10.0, mode="deferred", nonfinite="raise")
+    give([param], nan)
+    clip.step()
+    clip.percentile = 90.0
+    assert (clip.nonfinite_steps, clip.percentile, clip._pipeline.clips["global"].percentile) == (1, 90.0, 90.0)
+    with pytest.raises(NonFiniteNormError):
+        clip.step()
+
+
+def test_late_norm_is_read_when_it_has_arrived():
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            waited.append(True)
+
+    pending = Pending(torch.ones(1, dtype=torch.float64), torch.ones(1), 10.0)
+    pending._event = Event()
+    assert pending.wait() == [1.0]
+    assert waited == [True]
+
+
+def test_deferred_step_beside_a_gradscaler_reads_nothing(monkeypatch):
+    (param,) = make_params()
+    optimizer = torch.optim.AdamW([param], fused=True)
+    clip = attach(optimizer, mode="deferred")
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    give([param], 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "item", lambda _: pytest.fail("the host reads a value"))
+        optimizer.step()
+    assert clip.history.values().tolist() == [0.25]
+
+
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+def test_own_verdict_counts_beside_a_gradscalers(monkeypatch):
+    """Finite elements with a norm that is none: the scaler finds nothing, and the update is left out all the same."""
+    (param,) = make_params()
+    optimizer = torch.optim.AdamW([param], fused=True)
+    clip = attach(optimizer, mode="deferred")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(gradients.Gradients, "norms", lambda *_: torch.tensor([float("inf")]))
+    give([param], 4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert (param.item(), clip.nonfinite_steps) == (0.0, 1)
+
+
+def test_optimizer_inside_of_two_wrappers_is_found():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        @property
+        def param_groups(self):
+            return self.optimizer.param_groups
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    (param,) = make_params()
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    clip = attach(Wrapper(Wrapper(optimizer)))
+    give([param], 1.0)
+    optimizer.step()
+    assert clip.steps == 1
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_tensor_that_an_optimizer_lists_twice_has_its_first_place():
+    one, two = make_params(2)
+    optimizer = torch.optim.SGD([one, two, one], lr=0.1)
+    assert list(AutoClip(optimizer, scope="parameter").thresholds) == ["0.0", "0.1"]

@@ -18,7 +18,7 @@ from autoclip_torch import AutoClip, attach
 from autoclip_torch.lightning import AutoClipCallback
 from torch import nn
 
-from autoclip_core import NormHistory
+from autoclip_core import NormHistory, StateError
 
 FOLDER = Path(__file__).parent / "golden/torch"
 HALF, WHOLE = 40, 80
@@ -158,6 +158,11 @@ def main():
         torch.save({"half": half, "grads": grads, "whole": run.clip.state_dict()}, FOLDER / f"{name}.pt")
     fit(1)[0].save_checkpoint(FOLDER / "lightning.ckpt")
     torch.save(fit(2)[1].state_dict(), FOLDER / "lightning.pt")
+
+
+def test_object_that_an_earlier_release_pickled_whole_is_refused():
+    with pytest.raises(StateError, match=r"by another release.* save its state_dict\(\)"):
+        AutoClip.__new__(AutoClip).__setstate__({"_clips": {}, "_groups": None})
 
 
 if __name__ == "__main__":

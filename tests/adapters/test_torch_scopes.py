@@ -364,20 +364,24 @@ def test_fused_optimizer_scales_by_itself(make, mode, monkeypatch):
 def test_fused_optimizer_that_failed_keeps_no_scale():
     model = make_model()
     optimizer = FUSED["adamw"](model.parameters())
-    attach(optimizer, 0.0)
+    clip = attach(optimizer, 0.0)
     for number in range(3):
         fill(model, number)
         optimizer.step()
+    betas, optimizer.param_groups[0]["betas"] = optimizer.param_groups[0]["betas"], None
     fill(model, 3)
     for param in model.parameters():
         param.grad *= 100.0
-    betas, optimizer.param_groups[0]["betas"] = optimizer.param_groups[0]["betas"], None
     with pytest.raises(TypeError):
         optimizer.step()
+    assert optimizer.grad_scale.item() > 1.0  # it was lent, and the hook that takes it back was not reached
     optimizer.param_groups[0]["betas"] = betas
     fill(model, 3)
     optimizer.step()
     assert not hasattr(optimizer, "grad_scale")
+    # Of the two last norms one is a hundredth of the other: nothing else has scaled it.
+    *_, last = sorted(clip.history.values().tolist())
+    assert any(norm == pytest.approx(last / 100.0) for norm in clip.history.values().tolist())
 
 
 @pytest.mark.parametrize("mode", ["immediate", "deferred"])

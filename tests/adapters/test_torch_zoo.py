@@ -527,6 +527,15 @@ def test_copies_are_known_not_to_be_attached(make_copy):
     assert again.steps == 2
 
 
+def test_copy_that_steps_by_hand_clips_and_says_nothing():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model, clip = copy.deepcopy((model, attach(optimizer)))
+    backward(model, 0)
+    assert clip.step().recorded
+    assert clip.log()["clip_scale"] == 1.0
+
+
 def test_clip_whose_optimizer_is_gone_says_so_once():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -542,8 +551,7 @@ def test_clip_whose_optimizer_is_gone_says_so_once():
     assert (clip.steps, len(clip.history), len(clip.state_dict()["groups"])) == (1, 1, 1)
 
 
-# After a step was seen nobody reads values, so what a version does not tell is not noticed.
-@pytest.mark.parametrize(("steps", "data"), [(0, False), (0, True), (3, False)])
+@pytest.mark.parametrize(("steps", "data"), [(0, False), (0, True), (3, False), (3, True)])
 def test_updates_that_are_not_seen_are_said_once(steps, data):
     """The update made by something else: here by hand, in ways that a version tells or not."""
     model = make_model()

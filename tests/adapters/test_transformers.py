@@ -5,12 +5,14 @@ measures, and its parameters are to be ours to the last bit.
 """
 
 import doctest
+import pickle
+from types import SimpleNamespace
 
 import autoclip_torch.transformers
 import numpy as np
 import pytest
 import torch
-from autoclip_torch import attach
+from autoclip_torch import AutoClip, attach
 from autoclip_torch.transformers import AutoClipMixin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -214,6 +216,65 @@ def test_save_that_is_cut_short_leaves_nothing_to_resume_without_its_history(mak
     saved = torch.load(tmp_path / "run/checkpoint-7/autoclip.pt")
     assert saved.pop("clipped_shares")
     assert saved == trainer.clip.state_dict()
+
+
+def checkpointing(tmp_path, clip=None, **args):
+    """A mixin without a Trainer, which saves into the folder of a checkpoint and trains on nothing."""
+
+    class Trainer:
+        def save_model(self, *_):
+            pass
+
+        def train(self, *_):
+            self.on_train_begin(None, None, None, optimizer=self.optimizer, model=self.model)
+
+    class Mixed(AutoClipMixin, Trainer):
+        pass
+
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+    mixed = Mixed.__new__(Mixed)
+    mixed.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    mixed.model = nn.Module()
+    mixed.model.weight = mixed.optimizer.param_groups[0]["params"][0]
+    mixed.clip, mixed._autoclip_optimizer, mixed._autoclip_options = clip, None, {}
+    mixed.args = SimpleNamespace(**{"max_grad_norm": 1.0, "should_save": True, "output_dir": str(folder), **args})
+    return mixed, folder
+
+
+def test_rank_that_does_not_save_writes_no_history(tmp_path):
+    mixed, folder = checkpointing(tmp_path, AutoClip([nn.Parameter(torch.zeros(1))]), should_save=False)
+    mixed.save_model(str(folder))
+    assert not list(folder.iterdir())
+
+
+def test_history_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    def write_half(state, file):
+        file.write(b"PK")
+        raise KeyboardInterrupt
+
+    mixed, folder = checkpointing(tmp_path, AutoClip([nn.Parameter(torch.zeros(1))]))
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        mixed.save_model(str(folder))
+    assert not (folder / "autoclip.pt").exists()
+
+
+def test_history_that_would_run_code_is_not_loaded(tmp_path):
+    mixed, folder = checkpointing(tmp_path)
+    torch.save({"state": SimpleNamespace()}, folder / "autoclip.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        mixed.train(str(folder))
+
+
+def test_second_training_does_not_resume_the_first_again(tmp_path):
+    mixed, folder = checkpointing(tmp_path)
+    torch.save(AutoClip(mixed.optimizer).state_dict(), folder / "autoclip.pt")
+    mixed.train(str(folder))
+    mixed.optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    mixed.optimizer.step()
+    mixed.train()
+    assert mixed.clip.steps == 1
 
 
 def test_model_that_is_saved_alone_brings_no_history(make_trainer, tmp_path):

@@ -51,6 +51,33 @@ static void test_unknown_history_is_refused(void) {
     REQUIRE_SAME(2, (double)last);
 }
 
+static void test_tree_takes_as_many_steps_as_an_int32_counts(void) {
+    uint64_t id;
+    float last = 0;
+    float threshold = 5;
+    REQUIRE_OK(autoclip_shared_create(0, &id));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_tree_observe(id, INT32_MAX, &last, 1, 50, &threshold));
+    REQUIRE_SAME(5, (double)threshold);
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
+/* They hold infinity where there is no norm. */
+static void test_window_of_an_earlier_release_goes_on(void) {
+    enum { WINDOW = 5 };
+    for (size_t recorded = 0; recorded < WINDOW; ++recorded) {
+        float now[2 * WINDOW];
+        float then[2 * WINDOW];
+        for (size_t i = 0; i < WINDOW; ++i) {
+            now[i] = now[WINDOW + i] = i < recorded ? (float)(i + 1) : FLT_MAX;
+            then[i] = then[WINDOW + i] = i < recorded ? (float)(i + 1) : INFINITY;
+        }
+        const float norm = recorded % 2 ? 2.5F : NAN;
+        const float expected = autoclip_window_observe(now, WINDOW, recorded, norm, 40);
+        REQUIRE_SAME((double)expected, (double)autoclip_window_observe(then, WINDOW, recorded, norm, 40));
+        for (size_t i = 0; i < 2 * WINDOW; ++i) REQUIRE_SAME((double)now[i], (double)then[i]);
+    }
+}
+
 #if !defined(_WIN32)
 #include <pthread.h>
 
@@ -103,4 +130,6 @@ static void test_replicas_of_a_program_share_one_history(void) {
 #endif
 
 TEST_MAIN(TEST(test_window_in_arrays_is_that_of_the_model), TEST(test_window_stays_inside_of_its_arrays),
-          TEST(test_tree_of_a_program_is_that_of_the_model), TEST(test_unknown_history_is_refused) TESTS_OF_THREADS);
+          TEST(test_tree_of_a_program_is_that_of_the_model), TEST(test_unknown_history_is_refused),
+          TEST(test_tree_takes_as_many_steps_as_an_int32_counts),
+          TEST(test_window_of_an_earlier_release_goes_on) TESTS_OF_THREADS);

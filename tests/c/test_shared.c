@@ -258,6 +258,8 @@ static void test_step_with_an_outcome_thrown_away_is_replaced(void) {
     double threshold = SENTINEL;
     REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 1, 50, &threshold));
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 0, 0, 2, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 0, 0, 75, &threshold));
+    REQUIRE_SAME(1, threshold);
     REQUIRE_OK(autoclip_shared_destroy(id));
 }
 
@@ -271,6 +273,13 @@ static void test_percentile_of_a_step_is_that_of_its_outcome(void) {
     REQUIRE_STATUS(AUTOCLIP_EMPTY, autoclip_shared_percentile_step(id, 0, 0, 50, &threshold));
     REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 8, 50, &threshold));
     REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 2, 50, &threshold)); /* another outcome */
+    REQUIRE_SAME(3, threshold);
+    REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 2, 0, &threshold)); /* the same at another percentile */
+    REQUIRE_SAME(2, threshold);
+    REQUIRE_OK(autoclip_shared_observe_step(id, 1, 4, 2, 50, &threshold));
+    REQUIRE_SAME(3, threshold);
+    REQUIRE_STATUS(AUTOCLIP_NOT_FINITE, autoclip_shared_observe_step(id, 1, 4, (double)NAN, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 1, 5, 50, &threshold));
     REQUIRE_SAME(3, threshold);
     for (double percentile = 0; percentile <= 100; percentile += 25) { /* before both of them */
         REQUIRE_OK(autoclip_shared_percentile_step(id, 1, 4, percentile, &threshold));
@@ -312,6 +321,8 @@ static void test_first_step_needs_as_many_norms(void) {
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 4, 3, 1, 50, &threshold));
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_observe_step(id, 3, 2.5, 1, 50, &threshold));
     REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 3, 2.5, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 3, 3.5, 50, &threshold));
+    REQUIRE_STATUS(AUTOCLIP_WRONG_STEP, autoclip_shared_percentile_step(id, 3, (double)NAN, 50, &threshold));
     REQUIRE_SAME(SENTINEL, threshold);
     REQUIRE_OK(autoclip_shared_percentile_step(id, 3, 3, 50, &threshold));
     REQUIRE_SAME(2, threshold);
@@ -326,6 +337,24 @@ static void test_first_step_needs_as_many_norms(void) {
     id = make(0); /* in the place of one that had steps */
     REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 7, 50, &threshold));
     REQUIRE_SAME(7, threshold);
+    REQUIRE_OK(autoclip_shared_destroy(id));
+    id = make(2); /* what a window held last, nobody can tell */
+    REQUIRE_OK(autoclip_shared_extend(id, norms, 3));
+    REQUIRE_OK(autoclip_shared_observe_step(id, 2, 2.5, 4, 50, &threshold));
+    REQUIRE_SAME(3.5, threshold);
+    REQUIRE_OK(autoclip_shared_destroy(id));
+}
+
+static void test_memory_of_the_steps_is_counted(void) {
+    uint64_t id = make(0);
+    uint64_t before;
+    uint64_t after;
+    double threshold;
+    REQUIRE_OK(autoclip_shared_push(id, 1));
+    REQUIRE_OK(autoclip_shared_memory(id, &before));
+    REQUIRE_OK(autoclip_shared_observe_step(id, 1, 1, 2, 50, &threshold));
+    REQUIRE_OK(autoclip_shared_memory(id, &after));
+    REQUIRE(after > before + 100000, "%" PRIu64 " bytes after %" PRIu64, after, before);
     REQUIRE_OK(autoclip_shared_destroy(id));
 }
 
@@ -555,8 +584,42 @@ static void test_shared_functions_survive_every_refusal(void) {
     REQUIRE(faults > 0, "no allocation was refused");
 }
 
+/* A run goes on from another outcome, for which there is no room: the history stays as it is. */
+static void test_other_outcome_may_find_no_memory(void) {
+    uint64_t refused = 0;
+    for (int more = 0; more < 300; ++more) { /* norms that others bring, until the buffer is full */
+        uint64_t id = make(0);
+        double threshold = SENTINEL;
+        model truth;
+        model_create(&truth, 0);
+        take_step(id, &truth, 0, 1);
+        REQUIRE_OK(autoclip_shared_observe_step(id, 0, 0, 2, 50, &threshold));
+        for (int i = 0; i < more; ++i) {
+            REQUIRE_OK(autoclip_shared_push(id, 3 + i));
+            model_push(&truth, 3 + i);
+        }
+        malloc_calls = 0;
+        malloc_fails_at = 1;
+        const autoclip_status status = autoclip_shared_percentile_step(id, 1, 2, 0, &threshold);
+        malloc_fails_at = 0;
+        if (status != AUTOCLIP_OK) {
+            REQUIRE_STATUS(AUTOCLIP_NO_MEMORY, status);
+            refused += 1;
+            judge_shared(id, &truth);
+            REQUIRE_OK(autoclip_shared_percentile_step(id, 1, 2, 0, &threshold));
+        }
+        REQUIRE_SAME(2, threshold);
+        REQUIRE_OK(autoclip_shared_destroy(id));
+        model_destroy(&truth);
+    }
+#if !defined(AUTOCLIP_BUFFER) /* tiny buffers always have room for another */
+    REQUIRE(refused > 0, "no outcome was refused");
+#endif
+    printf("  %" PRIu64 " outcomes refused\n", refused);
+}
+
 #define FIRST_TESTS TEST(test_first_history_needs_to_follow_forks),
-#define MEMORY_TESTS TEST(test_shared_functions_survive_every_refusal),
+#define MEMORY_TESTS TEST(test_shared_functions_survive_every_refusal), TEST(test_other_outcome_may_find_no_memory),
 #else
 #define FIRST_TESTS
 #define MEMORY_TESTS
@@ -806,5 +869,6 @@ static void test_fork_leaves_the_child_its_own_copies(void) {
 TEST_MAIN(FIRST_TESTS THREAD_TESTS MEMORY_TESTS TEST(test_shared_functions_do_what_their_namesakes_do),
           TEST(test_steps_follow_one_another), TEST(test_step_that_is_taken_again_counts_once),
           TEST(test_step_with_an_outcome_thrown_away_is_replaced), TEST(test_first_step_needs_as_many_norms),
-          TEST(test_percentile_of_a_step_is_that_of_its_outcome), TEST(test_clear_forgets_the_steps),
-          TEST(test_unknown_ids_are_refused_by_every_function), TEST(test_ids_are_never_used_twice));
+          TEST(test_memory_of_the_steps_is_counted), TEST(test_percentile_of_a_step_is_that_of_its_outcome),
+          TEST(test_clear_forgets_the_steps), TEST(test_unknown_ids_are_refused_by_every_function),
+          TEST(test_ids_are_never_used_twice));

@@ -220,7 +220,7 @@ static void test_bad_calls_of_the_window_are_refused(void) {
     for (int fault = 0; fault <= 15; ++fault) {
         window_frame(&own, norms, 2, &recorded, &norm, &percentile, after, &threshold);
         switch (fault) {
-        case 0: own.call.operands.count = 0; break;
+        case 0: own.call.operands = (xla_buffers){0}; break; /* and no array of them */
         case 1: own.call.operands.count = 3; break;
         case 2: own.call.operands.count = 5; break;
         case 3: own.call.results.count = 1; break;
@@ -264,7 +264,7 @@ static void test_bad_calls_of_the_tree_are_refused(void) {
     for (int fault = 0; fault <= 15; ++fault) {
         tree_frame(&own, twin.id, &previous, &recorded, &norm, &percentile, &previous_after, &threshold);
         switch (fault) {
-        case 0: own.call.operands.count = 0; break;
+        case 0: own.call.operands = (xla_buffers){0}; break;
         case 1: own.call.operands.count = 3; break;
         case 2: own.call.operands.count = 5; break;
         case 3: own.call.results.count = 1; break;

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from math import nextafter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_infinity_is_a_string_in_json(tmp_path):
 def test_narrow_terminals_get_one_block_per_row(norms):
     done = autoclip("replay", norms, "-p", 10, columns=40)
     assert done.returncode == 0
-    table = done.stdout.split("\n\n")[1:-1]
+    table = done.stdout.split("\n\n")[1:-2]
     assert [block.split("\n")[0].split("  ")[-1].strip() for block in table] == ["p = 10", "fixed 1"]
     assert all(len(line) <= 40 for block in table for line in block.split("\n"))
 
@@ -141,6 +142,18 @@ setting  fixed 2
 final    2
 """
     assert blocks in autoclip(*command, columns=55, cwd=tmp_path).stdout
+
+
+def test_replay_advises_and_names_the_page(tmp_path, run_main):
+    (tmp_path / "n.csv").write_text("a,b\n" + "1,1\n" * 100 + "1,50\n" + "1,1\n" * 100, encoding="utf-8")
+    done = run_main("replay", str(tmp_path / "n.csv"), "-c", "a", "-c", "b")
+    _, page, line = done.stdout.rstrip("\n").rsplit("\n", 2)
+    assert line.startswith("- b, heavy tail: ")
+    file, _, section = page.rpartition(": ")[2].removesuffix("?").partition(", ")
+    assert f"## {section}?" in (Path(__file__).parents[2] / file).read_text("utf-8")
+    done = run_main("replay", str(tmp_path / "n.csv"), "-c", "b", "--json")
+    assert [advice.partition(":")[0] for advice in json.loads(done.stdout)["advice"]] == ["heavy tail"]
+    assert "README" not in run_main("replay", str(tmp_path / "n.csv"), "-c", "a").stdout
 
 
 def test_replay_draws(norms, tmp_path, absent):

@@ -531,3 +531,10 @@ def test_a_file_cut_anywhere_gives_the_first_norms(content):
             continue
         if part.name == whole.name and not any("may be cut" in note for note in part.notes):
             assert_same_bits(part.norms, whole.norms[: len(part.norms)])
+
+
+def test_what_stands_in_a_file_is_shown_in_sixty_characters_at_most():
+    from autoclip_core.logs.found import shown
+
+    assert shown("x" * 58) == repr("x" * 58)
+    assert shown("x" * 59) == "'" + "x" * 56 + "..."

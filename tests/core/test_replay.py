@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autoclip_core import AutoClip, AutoClipValueError
-from autoclip_core.replay import PERCENTILES, each_replay, replay
+from autoclip_core.replay import PERCENTILES, advise, each_replay, replay
 
 from .reference import assert_same_bits
 
@@ -97,3 +97,42 @@ def test_percentile_that_is_none_is_refused(norms):
 
 def test_default_percentiles_are_those_of_the_paper():
     assert PERCENTILES == (1.0, 10.0, 25.0, 50.0, 90.0)
+
+
+EVEN = np.exp(0.1 * np.random.default_rng(1).standard_normal(1000))
+
+
+def with_outliers(norms, *steps):
+    norms = norms.copy()
+    norms[list(steps)] = 40.0
+    return norms
+
+
+@pytest.mark.parametrize(
+    ("norms", "percentile", "says"),
+    [
+        (EVEN, 100.0, []),
+        (EVEN, 90.0, []),
+        (EVEN[:99], 0.0, []),
+        (np.append(EVEN[:99], [0.0, nan, inf]), 0.0, []),
+        (EVEN**3, 0.0, ["shorter steps: p = 0 clips 99."]),
+        (with_outliers(EVEN, 500, 501), 50.0, ["heavy tail: 0.2% of the norms are over 10 times"]),
+        (with_outliers(EVEN, 500), 90.0, ["heavy tail: 0.1% of the norms are over 10 times"]),
+        (with_outliers(EVEN, 4), 90.0, ["heavy tail", "early steps: with p = 90 step 5 keeps 24.4 times"]),
+        (with_outliers(EVEN, 4), 50.0, ["heavy tail"]),
+        (
+            EVEN * np.geomspace(1, 8, 1000),
+            90.0,
+            ["drift: norms rise 6.55 times from the first tenth to the last, of which p = 90 clips 98"],
+        ),
+        (
+            EVEN * np.geomspace(8, 1, 1000),
+            90.0,
+            ["drift: norms fall 6.46 times from the first tenth to the last, of which p = 90 clips 0.0%"],
+        ),
+        (np.repeat([1e-300, 1e308], 100), 100.0, ["drift: norms rise inf times"]),
+    ],
+)
+def test_advice_names_what_applies(norms, percentile, says):
+    advice = advise(norms, replay(norms, [percentile])[0])
+    assert [line[: len(start)] for line, start in zip(advice, says, strict=True)] == says

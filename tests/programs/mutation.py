@@ -16,6 +16,7 @@ for what survives them.
 import argparse
 import ast
 import io
+import json
 import os
 import random
 import re
@@ -31,6 +32,7 @@ import tomllib
 from collections import Counter
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -61,31 +63,37 @@ KNOWN_BY = {
         for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
     },
 }  # but plot.py: pictures are judged by looking at them
-# The tests that know a file of the adapters best; all others of its framework follow, if there are some.
+# The tests that judge a file of the adapters, quick ones first: all of its framework take minutes.
 ADAPTERS = ROOT / "adapters"
-TORCH = "test_torch_edges test_torch_scopes test_torch test_torch_deferred"
 ADAPTERS_KNOWN_BY = {
-    **{
-        f"autoclip_torch/{name}.py": TORCH
-        for name in ("attach", "clip", "deferred", "gradients", "groups", "pipeline", "repeats")
-    },
-    "autoclip_torch/lightning.py": "test_lightning",
-    "autoclip_torch/plateau.py": "test_torch_plateau",
-    "autoclip_torch/transformers.py": "test_transformers",
     "autoclip_jax/clip.py": "test_jax",
     "autoclip_jax/kernel.py": "test_jax_kernel test_jax",
     "autoclip_tensorflow/clip.py": "test_tensorflow",
-    "autoclip_tensorflow/graph.py": "test_tensorflow",
-    "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
     "autoclip_tensorflow/dense.py": "keras_suite",
+    "autoclip_tensorflow/graph.py": "test_tensorflow",
     "autoclip_tensorflow/logger.py": "keras_suite",
     "autoclip_tensorflow/optimizer.py": "keras_suite",
-}  # but the demos, and what a device is needed for
-# Of the framework's tests those that add most.
-AFTERWARDS = {
-    "autoclip_torch": "test_torch_device test_torch_zoo test_torch_golden test_torch_compile",
-    "autoclip_jax": "test_jax_surface",
-    "autoclip_tensorflow": "",
+    "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
+    "autoclip_torch/attach.py": "test_torch_edges test_torch_odd test_torch_scopes test_torch test_torch_zoo",
+    "autoclip_torch/clip.py": "test_torch_edges test_torch_odd test_torch test_torch_zoo",
+    "autoclip_torch/deepspeed.py": "test_torch_engines",
+    "autoclip_torch/deferred.py": "test_torch_edges test_torch_deferred",
+    "autoclip_torch/engines.py": "test_torch_engines",
+    "autoclip_torch/gradients.py": "test_torch_edges test_torch_kernel test_torch_scopes",
+    "autoclip_torch/groups.py": "test_torch_edges test_torch_odd test_torch_scopes test_torch test_torch_zoo",
+    "autoclip_torch/kernel.py": "test_torch_kernel",
+    "autoclip_torch/lightning.py": "test_lightning",
+    "autoclip_torch/optimizers.py": "test_torch_odd test_torch_zoo",
+    "autoclip_torch/pipeline.py": "test_torch_edges test_torch_scopes test_torch test_torch_deferred",
+    "autoclip_torch/plateau.py": "test_torch_plateau",
+    "autoclip_torch/repeats.py": "test_torch_repeats",
+    "autoclip_torch/transformers.py": "test_transformers",
+}  # but the demos, and what several processes are needed for
+# What every run would import again, and no mutant changes.
+FRAMEWORKS = {
+    "autoclip_torch": "pytest torch._dynamo",
+    "autoclip_jax": "pytest jax optax",
+    "autoclip_tensorflow": "pytest tensorflow torch",
 }
 # What takes long, and judges what the rest of the contract judges too.
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
@@ -168,6 +176,17 @@ class Mutant(NamedTuple):
     def line(self):
         source = source_of(self.file)
         return source[source.rfind("\n", 0, self.start) + 1 : source.find("\n", self.start)].strip()
+
+    def lines(self):
+        """The lines of the statement that it changes, of one with a body those before that."""
+        source = source_of(self.file)
+        line = source.count("\n", 0, self.start) + 1
+        around = [
+            range(node.lineno, node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.stmt)
+        ]
+        return min((lines for lines in around if line in lines), key=len, default=range(0))
 
     def within(self):
         """The function that it is in; of what stands before the first, nothing."""
@@ -456,42 +475,98 @@ class CoreTests:
         return True
 
 
+class LinesOfTests:
+    """For pytest: writes down which lines of the files in a folder each test has run."""
+
+    def __init__(self, folder, wanted):
+        self.folder, self.wanted = f"{folder}/", wanted
+        self.seen = set()
+
+    def pytest_runtest_logstart(self):
+        sys.settrace(self.see_call)
+
+    def pytest_runtest_logfinish(self, nodeid):
+        sys.settrace(None)
+        with self.wanted.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([nodeid, sorted(self.seen)]) + "\n")
+        self.seen = set()
+
+    def see_call(self, frame, *_):
+        return self.see_line if frame.f_code.co_filename.startswith(self.folder) else None
+
+    def see_line(self, frame, *_):
+        self.seen.add((frame.f_code.co_filename.removeprefix(self.folder), frame.f_lineno))
+        return self.see_line
+
+
 class AdapterTests:
-    """The tests of a framework on a copy of the installed adapter: those that know a file, then others."""
+    """Of the tests that know a file, those that run the changed line, on a copy of the installed adapter.
+
+    Each run is a fork of this process, which has imported the framework and nothing that a mutant changes: to import
+    a framework takes longer than to kill most mutants.
+    """
 
     def __init__(self, folder):
-        self.site = folder / "adapters"
-        for package in AFTERWARDS:
+        self.folder, self.site = folder, folder / "adapters"
+        for package in FRAMEWORKS:
+            assert package not in sys.modules, f"{package} is imported already, so no mutant of it would be"
             installed = Path(find_spec(package).origin).parent
             shutil.copytree(installed, self.site / package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.patience = {}
+        self.known = {}  # of each file of tests: the lines that each test runs, the seconds that all take
 
-    def commands(self, mutant):
-        """What is run one after the other, as long as the mutant survives, and the backend of Keras it needs."""
-        known = ADAPTERS_KNOWN_BY[mutant.file.relative_to(ADAPTERS).as_posix()].split()
-        for name in [*known, *AFTERWARDS[mutant.kind].split()]:
-            pytest = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", LONG]
-            on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
-            yield [*pytest, "--hypothesis-profile=hasty", f"tests/adapters/{name}.py"], on
+    def passes(self, tests, on, patience=600, plugins=()):
+        """Whether tests pass in so many seconds of the processor, and how many they took."""
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                os.setsid()
+                resource.setrlimit(resource.RLIMIT_CPU, (int(patience) + 1,) * 2)
+                signal.alarm(60 + 8 * int(patience))  # who waits for ever takes no time of the processor
+                for stream in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                os.chdir(ROOT)
+                os.environ |= {"AUTOCLIP_BACKEND": "native", "KERAS_BACKEND": on, "TF_CPP_MIN_LOG_LEVEL": "3"}
+                os.environ |= {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1"}
+                sys.path.insert(0, str(self.site))
+                sys.dont_write_bytecode = True
+                options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=hasty", "-k", LONG]
+                os._exit(import_module("pytest").main([*options, *tests], plugins))
+            os._exit(1)
+        _, status, used = os.wait4(child, 0)
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        return status == 0, used.ru_utime + used.ru_stime
+
+    def learn(self, name, on):
+        """What each test of a file runs."""
+        if (name, on) not in self.known:
+            wanted = self.folder / f"{name}-{on}.jsonl"
+            passed, seconds = self.passes([f"tests/adapters/{name}.py"], on, plugins=[LinesOfTests(self.site, wanted)])
+            assert passed, f"fails without a mutant: {name}, Keras on {on}"
+            lines = [json.loads(line) for line in wanted.read_text(encoding="utf-8").splitlines()]
+            self.known[name, on] = ({test: {*map(tuple, seen)} for test, seen in lines}, seconds)
+        return self.known[name, on]
 
     def survives(self, mutant):
         try:
             compile(mutant.apply(), mutant.file.name, "exec")
         except SyntaxError:
             return None
+        for framework in FRAMEWORKS[mutant.kind].split():
+            import_module(framework)
+        name = mutant.file.relative_to(ADAPTERS).as_posix()
+        on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
+        known = [self.learn(each, on) for each in ADAPTERS_KNOWN_BY[name].split()]
+        lines = {(name, line) for line in mutant.lines()}
+        tests = [test for seen, _ in known for test, of_test in seen.items() if lines & of_test]
+        # What no test runs by itself is run when the file is imported.
+        tests = tests or [f"tests/adapters/{each}.py" for each in ADAPTERS_KNOWN_BY[name].split()]
         changed = self.site / mutant.file.relative_to(ADAPTERS)
-        site = {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1", "AUTOCLIP_BACKEND": "native"}
-        for command, on in self.commands(mutant):
-            options = {"cwd": ROOT, "env": os.environ | site | {"KERAS_BACKEND": on}, "memory": "unlimited"}
-            if (*command, on) not in self.patience:
-                self.patience[*command, on] = patience_for(command, **options)
-            changed.write_text(mutant.apply(), encoding="utf-8")
-            try:
-                if not passes(command, self.patience[*command, on], **options):
-                    return False
-            finally:
-                changed.write_text(source_of(mutant.file), encoding="utf-8")
-        return True
+        changed.write_text(mutant.apply(), encoding="utf-8")
+        try:
+            return self.passes(tests, on, 10 + sum(seconds for _, seconds in known))[0]
+        finally:
+            changed.write_text(source_of(mutant.file), encoding="utf-8")
 
 
 TESTS_OF = {"kernel": KernelTests, "core": CoreTests, "Numba": CoreTests}  # and of the adapters theirs

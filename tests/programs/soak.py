@@ -194,16 +194,21 @@ def coverage(_):
 
 
 def mutants(options):
-    """Small faults put into kernel and core, one at a time; the tests must notice."""
+    """Small faults put into kernel, core and adapters, one at a time; the tests must notice."""
     from mutation import campaign, reason_of
 
-    judged, survived = campaign(options.mutants, say=say)
-    unexplained = [mutant for mutant in survived if not reason_of(mutant)]
-    if unexplained or len(survived) > len(judged) / 10:
-        raise FaultError("\n".join([f"{len(survived)} of {len(judged)} survived", *map(str, unexplained or survived)]))
-    killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
-    figures = [(kind, f"{killed[kind]} of {count} killed") for kind, count in Counter(m.kind for m in judged).items()]
-    return [*figures, ("survivors, each with its reason in tests/programs/register.toml", f"{len(survived)}")]
+    figures = []
+    for count, under in ((options.mutants, ""), (options.mutants * 15 // 22, "adapters")):
+        judged, survived = campaign(count, say=say, under=under)
+        unexplained = [mutant for mutant in survived if not reason_of(mutant)]
+        if unexplained or len(survived) > len(judged) / 10:
+            found = "\n".join(map(str, unexplained or survived))
+            raise FaultError(f"{len(survived)} of {len(judged)} survive\n{found}")
+        killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
+        kinds = Counter(mutant.kind for mutant in judged)
+        figures += [(kind, f"{killed[kind]} of {count} killed") for kind, count in kinds.items()]
+        figures += [("survivors, each with its reason in tests/programs/register.toml", f"{len(survived)}")]
+    return figures
 
 
 PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads, load)}
