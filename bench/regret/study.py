@@ -6,9 +6,7 @@ clippers; the rows that choose a rate are not those that judge.
 """
 
 import csv
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace as changed
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from bench.common import parse, parser, replace, say
+from bench.common import replace, say
 from bench.regret.clippers import FIRST, MAKERS, NONE, Size
-from bench.regret.tasks import TASKS, Batch, Problem, Task
+from bench.regret.tasks import Batch, Problem, Task
 
 MOMENTUM = 0.9
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -185,28 +183,3 @@ def complete(path: Path, tasks: Sequence[Task], clippers: Sequence[str], seeds: 
         if missing:
             say(f"  {task.name}, seed {seed}: {len(missing)} trainings")
     return results
-
-
-def main() -> None:
-    from bench.regret.report import make_report
-
-    arguments = parser(__doc__, rounds=3)
-    arguments.add_argument("--report", action="store_true", help="train nothing: report what is in the file")
-    options = parse(arguments)
-    tasks, clippers, seeds = TASKS, tuple(MAKERS), options.rounds
-    if options.quick:
-        of_each_kind = (TASKS[0], TASKS[1], *(task for task in TASKS if "pixels, SGD" in task.name))
-        tasks = tuple(changed(task, steps=task.steps // 50) for task in of_each_kind)
-        clippers, seeds = FIRST, 1
-    say("python -m bench regret")
-    path = options.output / "regret.csv"
-    if options.report:
-        results = read(path)
-    else:
-        torch.set_num_threads(1)  # the matrices are small, and threads would mostly wait for each other
-        torch.set_flush_denormal(True)
-        warnings.filterwarnings("ignore", "The gradient norm is")  # rates that are too high are part of the grid
-        results = complete(path, tasks, clippers, seeds)
-    all_cells = {cell for _, _, cells in passes(tasks, clippers, seeds) for cell in cells}
-    for written in make_report(results, len(all_cells), options):
-        say(f"written: {written}")
