@@ -33,6 +33,8 @@ from bench.torch import (
     MANY,
     NORM,
     OPTIMIZERS,
+    PLAIN,
+    SHAPES,
     TORCH,
     Place,
     Subject,
@@ -54,18 +56,9 @@ copies and fills of one step, counted by torch's profiler. {syncs}"""
 SYNCS = 'Every deferred step ran under `torch.cuda.set_sync_debug_mode("error")`: none made the host wait.'
 NO_SYNCS = "This device cannot tell whether a step made the host wait."
 
-SHAPES = {
-    "10 x 1k": (10, 1_000),
-    "50 x 1k": (50, 1_000),
-    "200 x 1k": (200, 1_000),
-    "100 x 10k": (100, 10_000),
-    "100 x 100k": (100, 100_000),
-    "20 x 1M": (20, 1_000_000),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_LAUNCHES = 36
 WAITING = (NORM, AUTHORS)  # whatever they run on
-NO_CLIPPING = "no clipping"
 BY_HAND = "AutoClip.step, then the optimizer"
 ATTACHED = "AutoClip attached"
 FUSED = "AutoClip attached, fused"
@@ -215,7 +208,7 @@ def train(measured: Measurements, device: torch.device, rounds: int, *, quick: b
     models = {"small, float32": (small_model, torch.float32), "large, bfloat16": (large_model, torch.bfloat16)}
     for stream, (make, dtype) in list(models.items())[: 1 if quick else None]:
         subjects = {}
-        for clipping in (NO_CLIPPING, TORCH, BY_HAND, ATTACHED, FUSED):
+        for clipping in (PLAIN, TORCH, BY_HAND, ATTACHED, FUSED):
             torch.manual_seed(0)
             model, inputs = make()
             subjects[clipping] = Training(model.to(device, dtype), inputs.to(device, dtype), clipping)
