@@ -205,6 +205,7 @@ class StepHooks:
         self._lent: list[tuple[str, Tensor, Any]] = []
         self._gradients: Gradients | None = None  # of the step that is being made
         self._is_stepping = self._has_nested = False
+        self._awaits_closure = False  # which this step has not called yet
         self._shared = self._find_shared(optimizer)
         self._steps = 0
         self._look: tuple[Any, ...] | None = None  # what was seen when somebody looked for steps and found no new ones
@@ -317,6 +318,7 @@ class StepHooks:
         self._steps += 1
         at = args[1] if len(args) > 1 else None
         closure: Callable[[], Any] | None = at if callable(at) else kwargs.get("closure")
+        self._awaits_closure = closure is not None
         if closure is None:
             if self._needs_closure:
                 raise AutoClipTypeError(
@@ -330,6 +332,7 @@ class StepHooks:
             self._take_back()
             loss = closure()
             self._clip_gradients(optimizer)
+            self._awaits_closure = False
             return loss
 
         if closure is at:
@@ -347,6 +350,11 @@ class StepHooks:
             self._pipeline.repeats.touch(self._gradients)
         self._take_back()
         self._is_stepping = False
+        if self._awaits_closure:
+            self._warn(
+                f"{self._name}.step() was given a closure and has not called it. AutoClip clips behind the closure, so "
+                "this update was not clipped; make the gradients before step(), and leave the closure out."
+            )
         if self._shared:
             self._mark_shared()
 

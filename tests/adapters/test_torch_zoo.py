@@ -341,6 +341,32 @@ def test_each_update_is_recorded_and_clipped_once(name, how, mode):
     assert clip.log()["grad_norm"] != clip.log()["grad_norm"]
 
 
+class Deaf(Descent):
+    """Makes its update from the gradients that are there, whatever it is given."""
+
+    def step(self, closure=None):
+        return super().step(None)
+
+
+@pytest.mark.parametrize("given", ["place", "name"])
+def test_closure_that_is_not_called_is_said_once(given):
+    model = make_model()
+    optimizer = Deaf(model.parameters())
+    clip = attach(optimizer, 0.0)
+
+    def train(number):
+        loss = backward(model, number)
+        optimizer.step(*[lambda: loss] * (given == "place"), **{"closure": lambda: loss} if given == "name" else {})
+
+    with pytest.warns(RuntimeWarning, match=r"Deaf\.step\(\) was given a closure and has not called it") as warned:
+        train(0)
+    assert warned[0].filename == __file__
+    train(1)
+    assert clip.steps == 0
+    plain(model, optimizer, 2, lambda: None)
+    assert clip.steps == 1
+
+
 # What is refused
 
 
