@@ -74,6 +74,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/sharing.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
     "adapters/autoclip_torch/transformers.py": "autoclip_core autoclip_torch torch transformers",
     "adapters/autoclip_torch/demo.py": "autoclip_torch matplotlib torch tqdm [sklearn]",

@@ -67,7 +67,9 @@ KNOWN_BY = {
 # The tests that may judge a file of the adapters: of them those that run what was changed, quick ones first.
 ADAPTERS = ROOT / "adapters"
 _JAX = "test_jax_kernel test_jax test_jax_surface"
-_TORCH = "test_torch_edges test_torch_odd test_torch_kernel test_torch_scopes test_torch_deferred test_torch test_torch_zoo"
+_TORCH = """
+    test_torch_edges test_torch_odd test_torch_kernel test_torch_scopes test_torch_deferred test_torch test_torch_zoo
+"""
 ADAPTERS_KNOWN_BY = {
     "autoclip_jax/clip.py": _JAX,
     "autoclip_jax/kernel.py": _JAX,
@@ -528,7 +530,7 @@ class AdapterTests:
             assert package not in sys.modules, f"{package} is imported already, so no mutant of it would be"
             installed = Path(find_spec(package).origin).parent
             shutil.copytree(installed, self.site / package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.known = {}  # of each file of tests: its tests, the seconds and the lines of each; the seconds that all take
+        self.known = {}  # of each file: its tests, with the seconds and the lines of each; the seconds that all take
 
     def passes(self, tests, on, patience=600, plugins=()):
         """Whether tests pass in so many seconds of the processor, and how many they took."""
@@ -574,9 +576,9 @@ class AdapterTests:
         on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
         known = [self.learn(each, on) for each in ADAPTERS_KNOWN_BY[name].split()]
         lines = {(name, line) for line in mutant.lines()}
-        every = sorted(((took, test, seen) for tests, _ in known for test, took, seen in tests), key=lambda each: each[:2])
-        at_import = any(lines & seen for _, test, seen in every if not test)
-        tests = [test for _, test, seen in every if test and (at_import or lines & seen)]
+        every = sorted((each for tests, _ in known for each in tests), key=lambda each: each[1])
+        at_import = any(lines & seen for test, _, seen in every if not test)
+        tests = [test for test, _, seen in every if test and (at_import or lines & seen)]
         if not tests:
             return True
         changed = self.site / mutant.file.relative_to(ADAPTERS)
