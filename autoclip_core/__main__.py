@@ -1,8 +1,8 @@
 """`autoclip` on the command line: what would have been clipped, what is installed, what a snapshot holds.
 
 Results go to standard output, sentences on what went wrong to standard error. The exit code is 0 for a result, also for
-that of a log of which a part could not be read; 1 where there is none, or not the picture; 2 for arguments that cannot be understood; 3 for
-an error of this program itself. Tables that are too wide for the terminal become one block per row.
+that of a log of which a part could not be read; 1 where there is none, or not the picture; 2 for arguments that cannot
+be understood; 3 for an error of this program itself. Tables too wide for the terminal become one block per row.
 """
 
 from __future__ import annotations
