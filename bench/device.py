@@ -126,7 +126,7 @@ def launches(step: Callable[[], object], place: Place) -> int:
     """How many kernels, copies and fills a step makes."""
     kind = place.device.type.upper()
     torch.accelerator.synchronize()
-    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+    with profile(activities=[getattr(ProfilerActivity, kind)], acc_events=True) as profiler:
         step()
         torch.accelerator.synchronize()
     return sum(event.device_type.name == kind for event in profiler.events())

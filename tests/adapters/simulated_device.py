@@ -108,6 +108,8 @@ class Event:
         stream.queue.append(lambda: self.done.append(True))
 
     def query(self) -> bool:
+        if Machine.active.capturing:  # CUDA then fails at the end of the capture, whatever was raised meanwhile
+            raise AssertionError("an event was queried while a graph is captured")
         return bool(self.done)
 
     def synchronize(self) -> None:
@@ -172,8 +174,10 @@ class Machine(TorchDispatchMode):
     @contextmanager
     def capture(self):
         self.capturing = True
-        yield
-        self.capturing = False
+        try:
+            yield
+        finally:
+            self.capturing = False
 
     @property
     def pinned_blocks(self) -> int:
