@@ -79,6 +79,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_tensorflow/logger.py": "keras_suite",
     "autoclip_tensorflow/optimizer.py": "keras_suite",
     "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
+    "autoclip_torch/agreement.py": _TORCH,
     "autoclip_torch/attach.py": _TORCH,
     "autoclip_torch/clip.py": _TORCH,
     "autoclip_torch/deepspeed.py": "test_torch_engines",
@@ -92,13 +93,16 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/pipeline.py": _TORCH,
     "autoclip_torch/plateau.py": "test_torch_plateau",
     "autoclip_torch/repeats.py": "test_torch_repeats test_torch_edges test_torch",
+    "autoclip_torch/sharing.py": "test_torch_zoo",
     "autoclip_torch/transformers.py": "test_transformers",
-}  # but the demos, and what several processes are needed for
+}  # but the demos
+# Those that start other processes judge what no test runs in its own.
+ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax": "test_jax_processes"}
 # What every run would import again, and no mutant changes.
 FRAMEWORKS = {
-    "autoclip_torch": "pytest torch._dynamo",
-    "autoclip_jax": "pytest jax optax",
-    "autoclip_tensorflow": "pytest tensorflow torch",
+    "autoclip_torch": "pytest hypothesis torch._dynamo",
+    "autoclip_jax": "pytest hypothesis jax optax",
+    "autoclip_tensorflow": "pytest hypothesis tensorflow torch",
 }
 # What takes long, and judges what the rest of the contract judges too.
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
@@ -548,6 +552,7 @@ class AdapterTests:
                 sys.path.insert(0, str(self.site))
                 sys.dont_write_bytecode = True
                 options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=hasty", "-k", LONG]
+                options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
                 os._exit(import_module("pytest").main([*options, *tests], plugins))
             os._exit(1)
         _, status, used = os.wait4(child, 0)
@@ -579,12 +584,14 @@ class AdapterTests:
         every = sorted((each for tests, _ in known for each in tests), key=lambda each: each[1])
         at_import = any(lines & seen for test, _, seen in every if not test)
         tests = [test for test, _, seen in every if test and (at_import or lines & seen)]
+        if not tests and mutant.kind in ADAPTERS_ELSEWHERE:
+            tests = [f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"]
         if not tests:
             return True
         changed = self.site / mutant.file.relative_to(ADAPTERS)
         changed.write_text(mutant.apply(), encoding="utf-8")
         try:
-            return self.passes(tests, on, 10 + sum(seconds for _, seconds in known))[0]
+            return self.passes(tests, on, 60 + sum(seconds for _, seconds in known))[0]
         finally:
             changed.write_text(source_of(mutant.file), encoding="utf-8")
 
