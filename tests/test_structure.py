@@ -70,6 +70,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/gradients.py": "autoclip_torch torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
     "adapters/autoclip_torch/kernel.py": "autoclip_core torch",
+    "adapters/autoclip_torch/layout.py": "autoclip_torch torch",
     "adapters/autoclip_torch/optimizers.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/pipeline.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/plateau.py": "",

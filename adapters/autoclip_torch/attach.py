@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
-from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, moved
+from autoclip_torch.gradients import as_tensor, head, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -286,7 +285,7 @@ class StepHooks:
             if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
         ]
         if self._steps:
-            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
+            values: list[Any] = [head(param).tolist() for param in plain if param.is_cpu]
         else:
             values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
@@ -350,7 +349,6 @@ class StepHooks:
         if self._shared:
             self._mark_shared()
 
-    @torch.no_grad()
     def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from autoclip_torch.gradients import Pattern
     from autoclip_torch.groups import Groups
+    from autoclip_torch.layout import Layout
 
 Mode = Literal["auto", "immediate", "deferred"]
 
@@ -86,7 +86,7 @@ class Pipeline:
         self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
         self._may_be_copies = process_group is not None
-        self._pattern: Pattern | None = None  # of the latest gradients
+        self._layout: Layout | None = None  # of the latest gradients
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -94,7 +94,7 @@ class Pipeline:
     def __getstate__(self) -> dict[str, Any]:
         # A copy waits for nothing, and its gradients are other tensors.
         self.receive(wait=True)
-        return {**self.__dict__, "_deferred": None, "_pattern": None, "repeats": Repeats()}
+        return {**self.__dict__, "_deferred": None, "_layout": None, "repeats": Repeats()}
 
     def make_clip(self) -> AutoClip:
         """Return a clip for one more group."""
@@ -150,6 +150,7 @@ class Pipeline:
             self.refuse_parts(self.groups.params)
             clips = self.clips
             origins = self.groups.origins
+            self._layout = None
             self._clips = {name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
 
@@ -174,8 +175,8 @@ class Pipeline:
             error, self._error = self._error, None
             raise error
         device = self._deferred.device if self._deferred is not None else None
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._pattern)
-        self._pattern = gradients.pattern
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
+        self._layout = gradients.layout
         if is_capturing(gradients.device):
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
@@ -246,12 +247,13 @@ class Pipeline:
             self._agreement.check(_numbers(norms), thresholds, as_tensor(norms).device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
-        if gradients.carry_graph:
-            with torch.enable_grad():
-                self._apply(gradients, steps)
+        """Change the gradients as decided."""
+        if isinstance(steps, DeviceStep):
+            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
+        elif is_dropped(steps):
+            gradients.zero_()
         else:
-            self._apply(gradients, steps)
+            gradients.scale_({index: step.scale for index, step in steps.items()})
 
     def leave(
         self,
@@ -271,14 +273,6 @@ class Pipeline:
         """
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
         self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
-
-    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        if isinstance(steps, DeviceStep):
-            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
-        elif is_dropped(steps):
-            gradients.zero_()
-        else:
-            gradients.scale_({index: step.scale for index, step in steps.items()})
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:

@@ -27,6 +27,10 @@ void autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, 
 void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
                             const double *factors);
 
+/* Return a number by which a process knows tensors again: another one if an address, or a bit in the first 256 bytes of a
+ * tensor, is another, but for one time in 2^64. O(count). */
+uint64_t autoclip_tensors_fingerprint(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width);
+
 #if defined(__GNUC__)
 #pragma GCC visibility pop
 #endif
