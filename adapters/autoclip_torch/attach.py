@@ -356,12 +356,11 @@ class StepHooks:
             self._warn_of_shared()
         if grad_scaler is not None:
             grad_scale = _scale_of(grad_scaler, optimizer)
-        measured = self._pipeline.measure(grad_scale)
+        gradients, norms = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
-        steps = self._pipeline.decide(measured, found_inf)
-        gradients = measured.gradients
+            found_inf = as_tensor(norms).isfinite().all().logical_not().float()
+        steps = self._pipeline.decide(gradients, norms, found_inf)
         fused = gradients.plain and _is_fused(optimizer)
         if isinstance(steps, DeviceStep):
             # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.

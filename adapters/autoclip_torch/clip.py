@@ -240,9 +240,8 @@ class AutoClip(Generic[Steps]):
             )
         self._is_copy = False
         pipeline = self._pipeline
-        measured = pipeline.measure()
-        steps = pipeline.decide(measured)
-        gradients = measured.gradients
+        gradients, norms = pipeline.measure()
+        steps = pipeline.decide(gradients, norms)
         pipeline.apply(gradients, steps)
         pipeline.leave(gradients, steps)
         pipeline.repeats.touch(gradients)

@@ -21,14 +21,14 @@ from collections import Counter
 from functools import cache
 from itertools import chain, islice
 from math import inf, sqrt
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
-from autoclip_torch.layout import Kind, Layout, layout_of
+from autoclip_torch.layout import Kind, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,10 +63,11 @@ class Gradients:
     count: int  # of the groups
     first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
-    devices: set[torch.device]  # on which there are gradients
-    plain: bool  # whether there are no DTensors
-    layout: Layout | None  # of these gradients
+    plain = True  # whether there are no DTensors
+    layout: Layout  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
+    _dtensor: Any = ()
+    _shards_of: Mapping[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
 
     def __init__(
         self,
@@ -78,31 +79,33 @@ class Gradients:
         self.count = len(groups)
         self._process_group = process_group
         # There are no DTensors before somebody has imported their module, which takes a second.
-        module = sys.modules.get("torch.distributed.tensor")
-        self._dtensor: Any = () if module is None else module.DTensor
-        kinds = set(map(type, chain.from_iterable(groups))) if self._dtensor else ()
-        self.plain = not kinds or not any(issubclass(kind, self._dtensor) for kind in kinds)
-        self._shards_of: dict[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
-        if not self.plain:
-            dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
-            # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
-            self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
-            _place_like_params(dtensors)
-        grads = list(map(_grad, chain.from_iterable(groups)))
-        batches = layout.sort(grads) if layout is not None and self.plain else None
+        if (module := sys.modules.get("torch.distributed.tensor")) is not None:
+            self._find_shards(groups, module.DTensor)
+        batches = None
+        if layout is not None and self.plain:
+            batches = layout.sort(list(map(_grad, chain.from_iterable(groups))))
         if layout is not None and batches is not None:
             self.layout = layout
-            self._batches = [_Batch(kind, *batch) for kind, batch in zip(layout.kinds, batches, strict=True)]
-            self.first = batches[0][0][0]
+            self._batches = list(map(_Batch, layout.kinds, *batches))
+            self.first = self._batches[0].tensors[0]
         else:
             self._sort(groups)
-        self.devices = {batch.kind.device for batch in self._batches}
-        if device in self.devices:
+        if device in self.layout.devices:
             self.device = device
         elif self.first is not None:
             self.device = self.first.device
         else:
             self.device = next((param.device for params in groups for param in params), _CPU)
+
+    def _find_shards(self, groups: Sequence[Sequence[Tensor]], dtensor: Any) -> None:
+        """Find which ranks have the other shards of DTensors, if parameters are such."""
+        self._dtensor = dtensor
+        if any(issubclass(kind, dtensor) for kind in set(map(type, chain.from_iterable(groups)))):
+            self.plain = False
+            dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
+            # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
+            self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+            _place_like_params(dtensors)
 
     @torch.no_grad()
     def _sort(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -126,9 +129,7 @@ class Gradients:
             memory = kernel.Layout(alike) if is_taken else None
             kind = Kind(device, dtype, shards, memory, places, indices, list(Counter(indices).values()))
             self._batches.append(_Batch(kind, alike, None if memory is None else memory.find(alike)))
-        # Of what is more than a tensor, something else was taken than the gradient itself.
-        is_plain = all(map(is_, tensors, [grad for grad in grads if grad is not None]))
-        self.layout = layout_of(grads, [batch.kind for batch in self._batches]) if is_plain else None
+        self.layout = Layout(grads, tensors, [batch.kind for batch in self._batches])
 
     def _local(self, param: Tensor) -> tuple[Tensor, tuple[ProcessGroup, ...]]:
         """Return this rank's memory of a gradient, and who has the other shards."""
@@ -154,7 +155,7 @@ class Gradients:
     @property
     def is_shared(self) -> bool:
         """Whether norms are added up over ranks."""
-        return self._process_group is not None or any(self._shards_of.values())
+        return self._process_group is not None or (not self.plain and any(self._shards_of.values()))
 
     @property
     def present(self) -> set[int]:
@@ -167,11 +168,6 @@ class Gradients:
         if self.first is None or not self.first.requires_grad:
             return False
         return not any(tensor._is_view() for batch in self._batches for tensor in batch.tensors)
-
-    @property
-    def rounding(self) -> float:
-        """How far numbers of the coarsest dtype are apart."""
-        return max((torch.finfo(batch.kind.dtype).eps for batch in self._batches), default=0.0)
 
     def versions(self) -> int:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
@@ -276,7 +272,9 @@ class _Batch(NamedTuple):
         if self.memory is None:
             return _norms_of_groups(self.tensors, sizes, least)
         found = self.memory.norms()
-        if len(sizes) < len(found):
+        if len(sizes) == 1:
+            found = [kernel.joint_norm(found)]
+        elif len(sizes) < len(found):
             norms = iter(found)
             found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
         if least == self.kind.dtype == torch.float32:
@@ -285,9 +283,9 @@ class _Batch(NamedTuple):
         return found
 
     def versions(self) -> int:
-        """Return the sum of the versions; of many small tensors on a CPU, of some of them."""
+        """Return the sum of the versions; of small tensors on a CPU, of some of them."""
         if self.memory is not None:  # the kernel takes no inference tensors, and time counts
-            some = self.tensors[:: len(self.tensors) // 16 + 1]
+            some = self.tensors[:: len(self.tensors) // 4 + 1]
             return sum(map(_version, [*some, self.tensors[-1]]))
         return sum(map(version, self.tensors))
 

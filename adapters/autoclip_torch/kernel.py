@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 from autoclip_core import BackendError, kernel_library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _WIDTHS = {torch.float32: 4, torch.float64: 8}
 
@@ -69,8 +69,10 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.width = _WIDTHS[tensors[0].dtype]
-        self.sizes = array("Q", map(Tensor.numel, tensors))
+        self._width = _WIDTHS[tensors[0].dtype]
+        self._sizes = array("Q", map(Tensor.numel, tensors))
+        # Where the sizes are, how many there are, and of what width, as all functions of the kernel take it.
+        self.arguments = _begin(self._sizes), len(self._sizes), self._width
 
     def find(self, tensors: Sequence[Tensor]) -> Memory | None:
         """Return the memory of tensors that differ from those in their addresses alone; None if one has no memory."""
@@ -78,39 +80,39 @@ class Layout:
             addresses = array("Q", map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
-        is_memory = all(addresses) and gcd(self.width, *addresses) == self.width
+        is_memory = all(addresses) and gcd(self._width, *addresses) == self._width
         return Memory(self, addresses) if is_memory else None
 
 
 class Memory:
     """The elements of tensors, as the kernel takes them."""
 
-    __slots__ = ("_addresses", "_layout")
+    __slots__ = ("_addresses", "_arguments", "_layout")
 
     def __init__(self, layout: Layout, addresses: array[int]) -> None:
-        self._layout = layout
-        self._addresses = addresses
+        self._layout, self._addresses = layout, addresses  # whose memory the arguments point to
+        self._arguments = _begin(addresses), *layout.arguments
 
     def norms(self) -> list[float]:
         """Return the L2 norm of each tensor."""
         norms = array("d", bytes(8 * len(self._addresses)))
-        self._call(_library().autoclip_tensors_measure, norms)
+        _library().autoclip_tensors_measure(*self._arguments, _begin(norms))
         return norms.tolist()
 
     def scale_(self, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         """Multiply the tensors whose memory this is, each by its factor."""
-        increment_version([tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0])
-        self._call(_library().autoclip_tensors_scale, array("d", factors))
+        if 1.0 in factors:
+            changed = [tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0]
+        else:
+            changed = list(tensors)
+        increment_version(changed)
+        numbers = array("d", factors)
+        _library().autoclip_tensors_scale(*self._arguments, _begin(numbers))
 
     def fingerprint(self) -> int:
         """Return a number that tells these addresses, and the first elements there, from others."""
-        found: int = self._call(_library().autoclip_tensors_fingerprint)
+        found: int = _library().autoclip_tensors_fingerprint(*self._arguments)
         return found
-
-    def _call(self, function: Callable[..., Any], *numbers: array[float]) -> Any:
-        """Call a function of the kernel, if need be with a number for each tensor, which it may change."""
-        addresses, layout = self._addresses, self._layout
-        return function(_begin(addresses), _begin(layout.sizes), len(addresses), layout.width, *map(_begin, numbers))
 
 
 def joint_norm(norms: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ step: neither a tensor nor where it is, nor what it holds.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,48 +38,50 @@ class Layout:
 
     Args:
         grads: of all parameters, in order; None of those that have none. They are not kept.
+        tensors: what was taken of each of them that there is.
         kinds: of the batches.
-        guards: what tells gradients like these from others.
     """
 
-    def __init__(self, grads: Sequence[Tensor | None], kinds: Sequence[Kind], guards: Any) -> None:
+    def __init__(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
         self.kinds = kinds
-        absent = [grad is None for grad in grads]
-        self._absent = absent if any(absent) else None
-        self._guards = guards
+        self.devices = {kind.device for kind in kinds}
+        self.rounding = max([torch.finfo(kind.dtype).eps for kind in kinds], default=0.0)
+        self._count = len(grads)
+        self._absent = [grad is None for grad in grads] if len(tensors) < len(grads) else None
+        self._guards = _guards([grad for grad in grads if grad is not None], tensors)
 
-    def sort(self, grads: list[Any]) -> list[tuple[list[Tensor], kernel.Memory | None]] | None:
-        """Return the tensors of each batch, and their memory if the kernel takes them; None if they are not like those.
+    def sort(self, grads: Sequence[Any]) -> tuple[list[Any], list[kernel.Memory | None]] | None:
+        """Return the tensors and the memory of each batch; None if the gradients are not like those before.
 
         Args:
             grads: of the same parameters.
         """
+        if self._guards is None or len(grads) != self._count or kernel.is_watched():
+            return None
         if self._absent is not None:
             if [grad is None for grad in grads] != self._absent:
                 return None
             grads = [grad for grad in grads if grad is not None]
         # Where no graph is made, the guards do not ask for one.
-        if kernel.is_watched() or not self._guards.check(*grads) or grads[0].requires_grad:
+        if not self._guards.check(*grads) or grads[0].requires_grad:
             return None
-        batches = []
-        for kind in self.kinds:
-            tensors = grads if len(self.kinds) == 1 else [grads[place] for place in kind.places]
-            memory = None if kind.memory is None else kind.memory.find(tensors)
-            if memory is None and kind.memory is not None:
+        batches = [grads] if len(self.kinds) == 1 else [[grads[at] for at in kind.places] for kind in self.kinds]
+        memories: list[kernel.Memory | None] = []
+        for kind, tensors in zip(self.kinds, batches, strict=True):
+            memory = None
+            if kind.memory is not None and (memory := kind.memory.find(tensors)) is None:
                 return None
-            batches.append((tensors, memory))
-        return batches
+            memories.append(memory)
+        return batches, memories
 
 
-def layout_of(grads: Sequence[Tensor | None], kinds: Sequence[Kind]) -> Layout | None:
-    """Return the layout of gradients, none of which is more than a tensor; None if others cannot be told from them."""
-    present = [grad for grad in grads if grad is not None]
-    if set(map(type, present)) != {Tensor} or kernel.is_watched():
+def _guards(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    """Return what tells gradients like these from others; None if they are more than tensors, and something may not."""
+    if set(map(type, grads)) != {Tensor} or not all(map(is_, grads, tensors)) or kernel.is_watched():
         return None
     try:
         # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
         # device, sparse tensors and all wrappers), dtype, device, shape and strides.
-        guards = torch._C._dynamo.guards.TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return torch._C._dynamo.guards.TensorGuards(*grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     except (AttributeError, RuntimeError):  # torch does not promise this name; and some tensors have no strides
         return None
-    return Layout(grads, kinds, guards)

@@ -78,7 +78,7 @@ class Repeats:
             self._before = same or None
             self._are_zeros = not may_keep_nonfinite  # all of them, if one is dropped
         else:
-            is_dropped = any(step.scale == 0.0 for step in steps.values())
+            is_dropped = 0.0 in [step.scale for step in steps.values()]
             self._left = dict.fromkeys(steps, _ZEROS) if is_dropped else steps
 
     def touch(self, gradients: Gradients) -> None:
@@ -103,9 +103,10 @@ class Repeats:
             return False
         rounding = _rounding_of(gradients)
         unscaled = 0.0 if self._is_exact else rounding
-        # The norm first: it tells nearly all that are new.
-        if all(_is_near(norm, left[index], unscaled, rounding) for index, norm in norms.items()):
-            self._same = self._is_untouched(gradients) and all(starmap(_is_equal, self._pairs(gradients)))
+        for index, norm in norms.items():  # first, for it tells nearly all that are new
+            if not _is_near(norm, left[index], unscaled, rounding):
+                return False
+        self._same = self._is_untouched(gradients) and all(starmap(_is_equal, self._pairs(gradients)))
         return self._same
 
     def has_on_device(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
@@ -164,7 +165,7 @@ def _copy(gradients: Gradients, numbers: Sequence[Tensor] = ()) -> tuple[list[_S
 
 def _rounding_of(gradients: Gradients) -> float:
     """Return by what part of it scaling may change a norm, beside the scale."""
-    return max(1e-5, gradients.rounding / 2)
+    return max(1e-5, gradients.layout.rounding / 2)
 
 
 def _is_near(norm: float, step: ClipStep, unscaled: float, rounding: float) -> bool:
