@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from math import inf, sqrt
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,8 +127,9 @@ class Gradients:
         for (device, dtype, shards, is_taken), items in found.items():
             alike, places, indices = map(list, zip(*items, strict=True))
             memory = kernel.Layout(alike) if is_taken else None
-            kind = Kind(device, dtype, shards, memory, places, indices, list(Counter(indices).values()))
-            self._batches.append(_Batch(kind, alike, None if memory is None else memory.find(alike)))
+            sizes = Counter(indices)
+            kind = Kind(device, dtype, shards, memory, places, list(sizes), list(sizes.values()))
+            self._batches.append(_Batch(kind, alike, None if memory is None else memory.measure(alike)))
         self.layout = Layout(grads, tensors, [batch.kind for batch in self._batches])
 
     def _local(self, param: Tensor) -> tuple[Tensor, tuple[ProcessGroup, ...]]:
@@ -160,7 +161,7 @@ class Gradients:
     @property
     def present(self) -> set[int]:
         """The groups that have gradients on this rank; a single group even if it has none."""
-        return {0} if self.count == 1 else {index for batch in self._batches for index in batch.kind.indices}
+        return {0} if self.count == 1 else {index for batch in self._batches for index in batch.kind.groups}
 
     @property
     def carry_graph(self) -> bool:
@@ -196,8 +197,8 @@ class Gradients:
             if len(norms) == self.count:
                 return norms
             if isinstance(norms, Tensor):
-                return self._spread(norms, batch.kind.indices, NOT_SEEN)
-            known = dict(zip(dict.fromkeys(batch.kind.indices), norms, strict=True))
+                return self._spread(norms, batch.kind.groups, NOT_SEEN)
+            known = dict(zip(batch.kind.groups, norms, strict=True))
             return [known.get(index, NOT_SEEN) for index in range(self.count)]
         # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
         # exact in float64, and cannot overflow.
@@ -208,7 +209,7 @@ class Gradients:
             squares = moved(as_tensor(batch.norms(least)), self.device, wide).square()
             found = torch.stack([squares, torch.ones_like(squares)])
             if len(squares) < self.count:
-                found = self._spread(found, batch.kind.indices, 0.0)
+                found = self._spread(found, batch.kind.groups, 0.0)
             sums[batch.kind.shards] = sums[batch.kind.shards] + found
         for group in dict.fromkeys(group for shards in sums for group in shards):
             sharded = [shards for shards in sums if group in shards]
@@ -223,22 +224,23 @@ class Gradients:
         roots = total[0].sqrt()
         return roots if self.count == 1 else torch.where(total[1] > 0, roots, NOT_SEEN)
 
-    def _spread(self, found: Tensor, indices: list[int], fill: float) -> Tensor:
+    def _spread(self, found: Tensor, groups: list[int], fill: float) -> Tensor:
         """Return values of the groups found, shape (..., found), as values of all groups."""
-        places = moved(torch.tensor(sorted(set(indices)), device="cpu"), self.device)
+        places = moved(torch.tensor(groups, device="cpu"), self.device)
         return found.new_full((*found.shape[:-1], self.count), fill).index_copy_(-1, places, found)
 
     def scale_(self, scales: Mapping[int, float]) -> None:
         """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
         for batch in self._batches:
-            factors = [scales[index] for index in batch.kind.indices]
+            factors = [scales[index] for index in batch.kind.groups]
             if set(factors) == {1.0}:
                 continue
+            each = list(chain.from_iterable(map(repeat, factors, batch.kind.sizes)))
             if batch.memory is not None:
-                batch.memory.scale_(batch.tensors, factors)
+                batch.memory.scale_(batch.tensors, each)
             else:
                 with torch.set_grad_enabled(self.carry_graph):
-                    batch.scale_(factors)
+                    batch.scale_(each)
 
     def scale_on_device_(self, scales: Tensor, *, drops: bool) -> None:
         """Do what `scale_` does with scales that the host does not know.
@@ -271,7 +273,7 @@ class _Batch(NamedTuple):
         sizes = self.kind.sizes
         if self.memory is None:
             return _norms_of_groups(self.tensors, sizes, least)
-        found = self.memory.norms()
+        found = self.memory.norms
         if len(sizes) == 1:
             found = [kernel.joint_norm(found)]
         elif len(sizes) < len(found):
@@ -309,7 +311,7 @@ class _Batch(NamedTuple):
         device, dtype = self.kind.device, self.kind.dtype
         for factors in _factors(scales, device, dtype):
             start = 0
-            for index, size in zip(dict.fromkeys(self.kind.indices), self.kind.sizes, strict=True):
+            for index, size in zip(self.kind.groups, self.kind.sizes, strict=True):
                 _multiply_(self.tensors[start : start + size], factors[index])
                 start += size
         if least is not None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import ctypes
 from array import array
 from functools import cache
-from math import gcd, hypot
-from typing import TYPE_CHECKING, Any
+from math import hypot
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,15 +50,17 @@ def is_usable() -> bool:
 
 def takes(tensor: Tensor) -> bool:
     """Return whether the kernel may have this tensor, of which it gets the elements side by side."""
-    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in _WIDTHS or tensor.requires_grad:
+    width = _WIDTHS.get(tensor.dtype)
+    if width is None or type(tensor) is not Tensor or not tensor.is_cpu or tensor.requires_grad:
         return False
     try:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
         if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)) or tensor.numel() > _MOST:
             return False
+        address = tensor.data_ptr()
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return False
-    return Layout([tensor]).find([tensor]) is not None
+    return address != 0 and address % width == 0
 
 
 class Layout:
@@ -69,49 +71,42 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._width = _WIDTHS[tensors[0].dtype]
         self._sizes = array("Q", map(Tensor.numel, tensors))
-        # Where the sizes are, how many there are, and of what width, as all functions of the kernel take it.
-        self.arguments = _begin(self._sizes), len(self._sizes), self._width
+        # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
+        self._arguments = _begin(self._sizes), len(self._sizes), _WIDTHS[tensors[0].dtype]
 
-    def find(self, tensors: Sequence[Tensor]) -> Memory | None:
-        """Return the memory of tensors that differ from those in their addresses alone; None if one has no memory."""
+    def measure(self, tensors: Sequence[Tensor]) -> Memory | None:
+        """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
         try:
             addresses = array("Q", map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
-        is_memory = all(addresses) and gcd(self._width, *addresses) == self._width
-        return Memory(self, addresses) if is_memory else None
+        norms = array("d", bytes(8 * len(addresses)))
+        arguments = _begin(addresses), *self._arguments
+        if not _library().autoclip_tensors_measure(*arguments, _begin(norms)):
+            return None
+        return Memory(norms.tolist(), arguments, (self, addresses))
 
 
-class Memory:
-    """The elements of tensors, as the kernel takes them."""
+class Memory(NamedTuple):
+    """The elements of tensors, as the kernel takes them, and their norms as they were measured."""
 
-    __slots__ = ("_addresses", "_arguments", "_layout")
-
-    def __init__(self, layout: Layout, addresses: array[int]) -> None:
-        self._layout, self._addresses = layout, addresses  # whose memory the arguments point to
-        self._arguments = _begin(addresses), *layout.arguments
-
-    def norms(self) -> list[float]:
-        """Return the L2 norm of each tensor."""
-        norms = array("d", bytes(8 * len(self._addresses)))
-        _library().autoclip_tensors_measure(*self._arguments, _begin(norms))
-        return norms.tolist()
+    norms: list[float]
+    arguments: tuple[int, ...]
+    owners: Any  # of what the arguments point to
 
     def scale_(self, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         """Multiply the tensors whose memory this is, each by its factor."""
+        changed = tensors
         if 1.0 in factors:
             changed = [tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0]
-        else:
-            changed = list(tensors)
         increment_version(changed)
         numbers = array("d", factors)
-        _library().autoclip_tensors_scale(*self._arguments, _begin(numbers))
+        _library().autoclip_tensors_scale(*self.arguments, _begin(numbers))
 
     def fingerprint(self) -> int:
-        """Return a number that tells these addresses, and the first elements there, from others."""
-        found: int = _library().autoclip_tensors_fingerprint(*self._arguments)
+        """Return a number that tells where the tensors are, and their first elements, from others."""
+        found: int = _library().autoclip_tensors_fingerprint(*self.arguments)
         return found
 
 
@@ -127,11 +122,11 @@ def _library() -> Any:
     except (BackendError, OSError):
         return None
     for function, result in (
-        (library.autoclip_tensors_measure, None),
+        (library.autoclip_tensors_measure, ctypes.c_int),
         (library.autoclip_tensors_scale, None),
         (library.autoclip_tensors_fingerprint, ctypes.c_uint64),
     ):
-        numbers = [] if result else [ctypes.c_void_p]
+        numbers = [] if result is ctypes.c_uint64 else [ctypes.c_void_p]
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *numbers]
         function.restype = result
     return library

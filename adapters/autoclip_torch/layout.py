@@ -29,8 +29,8 @@ class Kind(NamedTuple):
     shards: tuple[ProcessGroup, ...]  # over which they are sharded
     memory: kernel.Layout | None  # of all of them, if the kernel takes them
     places: list[int]  # of their gradients, among all that there are
-    indices: list[int]  # of their groups, ascending
-    sizes: list[int]  # how many are of each group that has any
+    groups: list[int]  # that have any of them, ascending
+    sizes: list[int]  # how many each of these groups has
 
 
 class Layout:
@@ -69,7 +69,7 @@ class Layout:
         memories: list[kernel.Memory | None] = []
         for kind, tensors in zip(self.kinds, batches, strict=True):
             memory = None
-            if kind.memory is not None and (memory := kind.memory.find(tensors)) is None:
+            if kind.memory is not None and (memory := kind.memory.measure(tensors)) is None:
                 return None
             memories.append(memory)
         return batches, memories

@@ -121,11 +121,15 @@ static double norm_of(const void *numbers, size_t size, size_t width) {
     return sqrt(sum(numbers, size, width, unit)) / unit;
 }
 
-void autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
-                              double *norms) {
+int autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
+                             double *norms) {
+    for (size_t i = 0; i < count; ++i) {
+        if (addresses[i] == 0 || addresses[i] % width != 0) return 0;
+    }
     for (size_t i = 0; i < count; ++i) {
         norms[i] = norm_of((const void *)(uintptr_t)addresses[i], (size_t)sizes[i], width);
     }
+    return 1;
 }
 
 void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,

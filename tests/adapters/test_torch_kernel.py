@@ -29,15 +29,15 @@ def usable(absent):
 def calls(monkeypatch):
     """How many tensors each call of the kernel that measures or scales was given."""
     made = []
-    for method in ("norms", "scale_"):
-        monkeypatch.setattr(kernel.Memory, method, counted(made, getattr(kernel.Memory, method)))
+    for kind, method in ((kernel.Layout, "measure"), (kernel.Memory, "scale_")):
+        monkeypatch.setattr(kind, method, counted(made, getattr(kind, method)))
     return made
 
 
 def counted(made, method):
-    def call(self, *args):
-        made.append((method.__name__, len(self._addresses)))
-        return method(self, *args)
+    def call(self, tensors, *args):
+        made.append((method.__name__, len(tensors)))
+        return method(self, tensors, *args)
 
     return call
 
@@ -74,7 +74,7 @@ def test_norm_and_scaled_gradients_are_those_of_torch(shape, dtype, calls):
     assert step.clipped
     for grad, was in zip(grads, before, strict=True):
         assert torch.equal(grad, was * torch.tensor(step.scale, dtype=dtype))
-    assert calls == [("norms", 3), ("scale_", 3)]
+    assert calls == [("measure", 3), ("scale_", 3)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

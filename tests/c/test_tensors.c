@@ -1,4 +1,5 @@
-/* Norms of tensors, judged by long double; their scaling, and what they are known by, by every bit.
+/* Norms of tensors, judged by long double; their scaling, and what they are
+ * known by, by every bit.
  *
  * SPDX-License-Identifier: MIT */
 #include "test.h"
@@ -16,7 +17,7 @@ static uint64_t address_of(const void *memory) { return (uint64_t)(uintptr_t)mem
 static double measure(const void *memory, uint64_t size, size_t width) {
     const uint64_t address = address_of(memory);
     double norm = -1.0;
-    autoclip_tensors_measure(&address, &size, 1, width, &norm);
+    REQUIRE(autoclip_tensors_measure(&address, &size, 1, width, &norm) == 1, "address %p", memory);
     return norm;
 }
 
@@ -83,6 +84,21 @@ static void norm_finds_what_is_not_finite(void) {
                 REQUIRE(i == 0 ? isnan(norm) : isinf(norm) && norm > 0, "number %zu is %g, norm %g", at, bad[i], norm);
                 free(block);
             }
+        }
+    }
+}
+
+static void address_that_is_none_is_refused(void) {
+    static const double numbers[3] = {1.0, 2.0, 3.0};
+    const uint64_t good = address_of(numbers);
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (uint64_t past = 0; past < width; past++) {
+            const uint64_t addresses[] = {good, past == 0 ? 0 : good + past};
+            const uint64_t sizes[] = {1, 1};
+            double norms[] = {-1.0, -1.0};
+            REQUIRE(autoclip_tensors_measure(addresses, sizes, 2, width, norms) == 0, "%" PRIu64 " bytes past", past);
+            REQUIRE_SAME(-1.0, norms[0]);
+            REQUIRE_SAME(-1.0, norms[1]);
         }
     }
 }
@@ -177,7 +193,8 @@ static void fingerprint_changes_with_where_tensors_are_and_how_many(void) {
 }
 
 TEST_MAIN(TEST(norm_is_that_of_long_double), TEST(norm_has_the_range_of_its_numbers),
-          TEST(norm_finds_what_is_not_finite), TEST(scaling_rounds_each_number_once_and_touches_no_other),
-          TEST(factor_of_one_writes_nothing), TEST(fingerprint_changes_with_each_bit_of_the_beginning),
+          TEST(norm_finds_what_is_not_finite), TEST(address_that_is_none_is_refused),
+          TEST(scaling_rounds_each_number_once_and_touches_no_other), TEST(factor_of_one_writes_nothing),
+          TEST(fingerprint_changes_with_each_bit_of_the_beginning),
           TEST(fingerprint_changes_with_the_signs_of_all_and_with_their_order),
           TEST(fingerprint_changes_with_where_tensors_are_and_how_many));
