@@ -284,6 +284,64 @@ def test_layout_counts_a_tensor_once():
     assert layout(grads).sort([grads[0], grads[1], grads[1]]) is None
 
 
+MIXED = {
+    "float32": lambda number: torch.full((40,), 1.0 + number),
+    "float64": lambda number: torch.full((30,), 2.0 + number, dtype=torch.float64),
+    "half": lambda number: torch.full((20,), 3.0 + number, dtype=torch.bfloat16),
+    "large": lambda number: torch.full((2**18 + 1,), 1e-3 * (4.0 + number)),
+}
+
+
+def test_gradients_of_several_kinds_are_sorted_at_once(monkeypatch):
+    params = params_of([make(0) for make in [*MIXED.values()] * 2])
+    clip = AutoClip(params, 0.0, scope="parameter")
+    for history in clip.histories.values():
+        history.push(1.0)
+    clip.step()
+    monkeypatch.setattr(Gradients, "_sort", lambda *_: pytest.fail("one tensor after the other"))
+    for number in range(1, 4):
+        grads = [make(number) for make in [*MIXED.values()] * 2]
+        norms = [norm_of([grad]) for grad in grads]
+        given(params, grads)
+        steps = list(clip.step().values())
+        assert [step.norm for step in steps] == pytest.approx(norms, rel=1e-4)
+        assert [norm_of([param.grad]) for param in params] == pytest.approx([1.0] * 8, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", LEFT_TO_TORCH)
+@pytest.mark.filterwarnings("ignore:The gradient norm")
+def test_one_gradient_that_is_another_in_each_step_is_measured_as_what_it_is(kind):
+    if kind in {"functional", "meta", "zero"}:
+        pytest.skip("torch has no norm of it, or cannot scale it")
+    params = params_of(grads_of(3, 8))
+    clip = AutoClip(params)
+    for number in range(4):
+        odd = LEFT_TO_TORCH[kind]() if number % 2 else torch.randn(8)
+        grads = grads_of(3, 8, seed=number)
+        given(params, [grads[0], None, grads[2]])
+        params[1].data = torch.zeros(odd.shape, dtype=odd.dtype)
+        params[1].grad = odd
+        expected = norm_of([grads[0], grads[2], odd.to_dense()])
+        assert clip.step().norm == pytest.approx(expected, rel=1e-2 if kind == "half" else 1e-6)
+
+
+def test_without_the_names_that_torch_does_not_promise_steps_are_the_same(monkeypatch):
+    def steps():
+        params = params_of(grads_of(4, 30))
+        clip = AutoClip(params, 50.0)
+        for seed in range(5):
+            given(params, grads_of(4, 30, seed=seed))
+            step = clip.step()
+            yield step.norm, step.scale, params[3].grad.sum().item()
+
+    expected = [pytest.approx(step, rel=1e-5) for step in steps()]
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert list(steps()) == expected
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    assert not kernel.is_usable()
+    assert list(steps()) == expected
+
+
 def test_gradients_of_other_parameters_than_before_are_not_mistaken():
     params = params_of(grads_of(3, 10))
     clip = AutoClip(params, scope="parameter")
@@ -321,6 +379,18 @@ def test_kernel_does_nothing_under_a_transform_or_a_mode():
     with Watching():
         assert not kernel.is_usable()
     assert kernel.is_usable()
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_gradient_that_is_written_behind_torchs_back_is_new_wherever_it_is(at):
+    params = params_of(grads_of(5, 70))
+    clip = AutoClip(params)
+    clip.step()
+    clip.step()
+    assert clip.steps == 1
+    params[at].grad.data.neg_()  # as long as before
+    clip.step()
+    assert clip.steps == 2
 
 
 def test_gradient_with_other_memory_than_a_step_before_is_measured_anew():
