@@ -169,18 +169,18 @@ class Pipeline:
                 "norm for that of all; make the step after backward(), or give each tensor an optimizer of its own."
             )
         self.refresh()
-        self.receive()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
         device = self._deferred.device if self._deferred is not None else None
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._pattern)
         self._pattern = gradients.pattern
-        if is_capturing(gradients.device):
+        if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
                 "capture the forward and backward pass only, and step after each replay."
             )
+        self.receive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(

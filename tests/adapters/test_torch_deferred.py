@@ -232,6 +232,8 @@ def test_raise_comes_with_a_later_step_and_spares_the_parameters():
 def test_fused_optimizer_leaves_everything_alone_when_a_step_is_skipped(name, mode):
     param = nn.Parameter(torch.ones(3))
     optimizer = getattr(torch.optim, name)([param], lr=0.1, weight_decay=0.1, fused=True)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        pytest.skip(f"this torch cannot tell its fused {name} to leave a step out")
     clip = attach(optimizer, mode=mode)
     param.grad = torch.ones(3)
     optimizer.step()
