@@ -65,7 +65,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TRAINING, SCAN = "training", "JAX, inside lax.scan"
 WINDOWS = (2**14, 2**17, 2**20, 2**24)
 MOST_LAUNCHES = 36
-WAITING = (NORM, AUTHORS)  # whatever they run on
+IMMEDIATE = f"{CLIP}, immediate"
+WAITING = (NORM, AUTHORS, IMMEDIATE)  # whatever they run on
 BY_HAND = "AutoClip.step, then the optimizer"
 JAX, OPTAX = "autoclip_jax.autoclip", "optax.clip_by_global_norm"
 ATTACHED = "AutoClip attached"
@@ -270,6 +271,7 @@ def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
         for stream, (count, size) in shapes.items():
             subjects = {
                 CLIP: make_autoclip(count, size, many, place=place),
+                IMMEDIATE: make_autoclip(count, size, many, place=place, mode="immediate"),
                 TORCH: make_torch(count, size, place),
                 NORM: make_norm(count, size, place),
             }
