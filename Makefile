@@ -44,7 +44,7 @@ cross: c-aarch64 c-s390x c-i386 c-windows
 
 # Each with the lower bounds of pyproject.toml in an environment of its own, for they want different versions of others.
 oldest = $(shell sed -n '/^$(1) = /{s/.*[ ["]$(2)>=\([^"]*\)".*/\1/p}' pyproject.toml)
-OLDEST_jax = jax==$(call oldest,jax,jax) optax==$(call oldest,jax,optax) equinox flax 'orbax-checkpoint<0.11.6'
+OLDEST_jax = jax==$(call oldest,jax,jax) optax==$(call oldest,jax,optax) equinox flatbuffers flax 'orbax-checkpoint<0.11.6'
 OLDEST_tensorflow = tensorflow-cpu==$(call oldest,tensorflow,tensorflow) keras==$(call oldest,keras,keras) tensorboard
 TESTS_jax = tests/adapters/test_jax*.py
 TESTS_tensorflow = tests/adapters/test_tensorflow.py tests/adapters/test_keras.py
