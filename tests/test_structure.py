@@ -76,6 +76,9 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
+    "adapters/autoclip_torch/fastai.py": "autoclip_core autoclip_torch fastai",
+    "adapters/autoclip_torch/skorch.py": "autoclip_core autoclip_torch skorch",
+    "adapters/autoclip_torch/stable_baselines3.py": "autoclip_core autoclip_torch stable_baselines3",
     "adapters/autoclip_torch/transformers.py": "autoclip_core autoclip_torch torch transformers",
     "adapters/autoclip_torch/demo.py": "autoclip_torch matplotlib torch tqdm [sklearn]",
 }
