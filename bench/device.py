@@ -54,16 +54,19 @@ What this isolates: the time between `backward()` and the next forward pass, as 
 CPU](../torch/torch.md), with gradients on {device}. "Device" is the time from the first to the last of a step's
 kernels, by events of the device; "host" is how long the call took, which returns before the device is done. Each number
 is the median of {rounds} rounds, in microseconds per step; subjects take turns in every round. Launches are kernels,
-copies and fills of one step, counted by torch's profiler. {syncs} A step in JAX is a hundredth of a compiled loop of a
-hundred steps."""
+copies and fills of one step, counted by torch's profiler. {syncs}
+A step in JAX is a hundredth of a compiled loop of a hundred steps."""
 
-SYNCS = 'Every deferred step ran under `torch.cuda.set_sync_debug_mode("error")`: none made the host wait.'
+SYNCS = """Every deferred step ran
+under `torch.cuda.set_sync_debug_mode("error")`: none made the host wait."""
 NO_SYNCS = "This device cannot tell whether a step made the host wait."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRAINING, SCAN = "training", "JAX, inside lax.scan"
 WINDOWS = (2**14, 2**17, 2**20, 2**24)
 MOST_LAUNCHES = 36
-WAITING = (NORM, AUTHORS)  # whatever they run on
+IMMEDIATE = f"{CLIP}, immediate"
+WAITING = (NORM, AUTHORS, IMMEDIATE)  # whatever they run on
 BY_HAND = "AutoClip.step, then the optimizer"
 JAX, OPTAX = "autoclip_jax.autoclip", "optax.clip_by_global_norm"
 ATTACHED = "AutoClip attached"
@@ -218,7 +221,7 @@ def train(measured: Measurements, device: torch.device, rounds: int, *, quick: b
             torch.manual_seed(0)
             model, inputs = make()
             subjects[clipping] = Training(model.to(device, dtype), inputs.to(device, dtype), clipping)
-        side_by_side(measured, "training", stream, subjects, Place(device, dtype), rounds, 20)
+        side_by_side(measured, TRAINING, stream, subjects, Place(device, dtype), rounds, 20)
 
 
 def measure_windows(measured: Measurements, rounds: int, *, quick: bool) -> None:
@@ -255,9 +258,7 @@ def measure_windows(measured: Measurements, rounds: int, *, quick: bool) -> None
                 jax.block_until_ready(run_steps(state))
                 if count:  # the first compiles
                     microseconds = (time.perf_counter() - start) * 1e6 / len(coming)
-                    measured.add(
-                        Key("JAX, inside lax.scan", f"window of {size:,}", size, name, "device us"), microseconds
-                    )
+                    measured.add(Key(SCAN, f"{size:,}", size, name, "device us"), microseconds)
 
 
 def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
@@ -270,6 +271,7 @@ def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
         for stream, (count, size) in shapes.items():
             subjects = {
                 CLIP: make_autoclip(count, size, many, place=place),
+                IMMEDIATE: make_autoclip(count, size, many, place=place, mode="immediate"),
                 TORCH: make_torch(count, size, place),
                 NORM: make_norm(count, size, place),
             }
@@ -323,6 +325,15 @@ def report(measured: Measurements, facts: dict[str, str], device: torch.device, 
     for key in measured.values:
         if key.metric != "launches":
             times.setdefault((key.experiment, key.stream, key.subject), {})[key.metric] = shown(measured.median(*key))
+
+    def tabled(head: list[str], belongs: Callable[[str], bool]) -> list[str]:
+        rows = [
+            [*names, found["device us"], found.get("host us", "-")]
+            for names, found in times.items()
+            if belongs(names[0])
+        ]
+        return [table(head, rows)] if rows else ["Not measured: there was nothing to measure it with."]
+
     syncs = SYNCS if device.type == "cuda" else NO_SYNCS
     parts = [
         "# A clipped step on an accelerator",
@@ -330,11 +341,12 @@ def report(measured: Measurements, facts: dict[str, str], device: torch.device, 
         OPENING.format(device=facts["device"], rounds=rounds, syncs=syncs),
         "## Against the targets",
         table(["question", "measured", "target"], targets(measured)),
-        "## Microseconds per step",
-        table(
-            ["what", "gradients", "subject", "device", "host"],
-            [[*names, found["device us"], found.get("host us", "-")] for names, found in times.items()],
-        ),
+        "## A step",
+        *tabled(["what", "gradients", "subject", "device", "host"], lambda name: name not in (TRAINING, SCAN)),
+        "## A whole training step",
+        *tabled(["what", "model", "subject", "device", "host"], lambda name: name == TRAINING),
+        "## A step in JAX",
+        *tabled(["what", "window", "subject", "device", "host"], lambda name: name == SCAN),
         facts_table(facts),
     ]
     return "\n\n".join(parts) + "\n"

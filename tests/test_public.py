@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     *("autoclip_core", "autoclip_core.arrays", "autoclip_core.plot", "autoclip_core.replay"),
     *("autoclip_torch", "autoclip_torch.deepspeed", "autoclip_torch.lightning", "autoclip_torch.transformers"),
+    *("autoclip_torch.fastai", "autoclip_torch.skorch", "autoclip_torch.stable_baselines3"),
     *("autoclip_jax", "autoclip_tensorflow"),
 )
 CLASSES = ("autoclip_core/history.py", "autoclip_core/clip.py", "adapters/autoclip_torch/clip.py")

@@ -496,7 +496,7 @@ def test_page_of_curves_compares_seeds_that_both_have():
         for step in (10, 20, 30)
         if (percentile, seed, step) != (100.0, 1, 30)
     ]
-    page = curves.report(points, TINY, {"CPU": "some"})
+    page = curves.report(points, 30, TINY, {"CPU": "some"})
     rows = [line for line in page.splitlines() if re.match(r"\| [0-9]+ \|", line)]
     assert rows == [
         "| 10 | 2.50 ± 0.71 | 1.50 ± 0.71 | +1.00, +1.00 | -1.5 | -1.5 |",
@@ -595,3 +595,11 @@ def test_committed_page_is_what_its_cells_and_settings_give(folder):
     cells = table.read_cells(results / "separation.csv")
     page = table.report(cells, Settings(**begun["settings"]), begun["machine"])
     assert page == (results / "separation.md").read_text("utf-8")
+
+
+def test_committed_curves_are_what_their_points_give():
+    results = ROOT / "bench/results/separation_curves"
+    begun = json.loads((results / "separation_curves.json").read_text("utf-8"))
+    points = curves.read_points(results / "separation_curves.csv")
+    page = curves.report(points, 32 * 625, Settings(**begun["settings"]), begun["machine"])
+    assert page == (results / "separation_curves.md").read_text("utf-8")

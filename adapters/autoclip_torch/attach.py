@@ -23,11 +23,10 @@ from torch.amp.grad_scaler import OptState
 from torch.nn.parameter import is_lazy
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
-from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, moved
+from autoclip_torch.gradients import as_tensor, head, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -286,7 +285,7 @@ class StepHooks:
             if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
         ]
         if self._steps:
-            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
+            values: list[Any] = [head(param).tolist() for param in plain if param.is_cpu]
         else:
             values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
@@ -355,18 +354,16 @@ class StepHooks:
                 "this update was not clipped; make the gradients before step(), and leave the closure out."
             )
 
-    @torch.no_grad()
     def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if grad_scaler is not None:
             grad_scale = _scale_of(grad_scaler, optimizer)
-        measured = self._pipeline.measure(grad_scale)
+        gradients, norms = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
-        steps = self._pipeline.decide(measured, found_inf)
-        gradients = measured.gradients
+            found_inf = as_tensor(norms).isfinite().all().logical_not().float()
+        steps = self._pipeline.decide(gradients, norms, found_inf)
         fused = gradients.plain and _is_fused(optimizer)
         if isinstance(steps, DeviceStep):
             # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.

@@ -241,13 +241,11 @@ class AutoClip(Generic[Steps]):
             )
         self._is_copy = False
         pipeline = self._pipeline
-        with torch.no_grad():
-            measured = pipeline.measure()
-            steps = pipeline.decide(measured)
-            gradients = measured.gradients
-            pipeline.apply(gradients, steps)
-            pipeline.leave(gradients, steps)
-            pipeline.touch(gradients)
+        gradients, norms = pipeline.measure()
+        steps = pipeline.decide(gradients, norms)
+        pipeline.apply(gradients, steps)
+        pipeline.leave(gradients, steps)
+        pipeline.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
             every = enumerate(zip(*(field.unbind() for field in steps), strict=True))

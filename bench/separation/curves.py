@@ -69,7 +69,7 @@ def make_curves(
     """Train every network whose end is not in the CSV; the page is made at the end, or when interrupted."""
     facts = keep_settings(output / "separation_curves.json", settings)
     path = output / "separation_curves.csv"
-    last = settings.epochs // every * every * -(-settings.train_mixtures // settings.batch)
+    last = settings.epochs // every * every * settings.steps_per_epoch
     points = read_points(path)
     done = {point[:3] for point in points if point.step == last}
     replace(path, ",".join(Point._fields) + "\n" + "".join(_line(point) for point in points if point[:3] in done))
@@ -79,7 +79,7 @@ def make_curves(
         for _ in run_all(follow, [(settings, *run, every, path) for run in wanted], jobs):
             say(f"{len({point[:3] for point in read_points(path) if point.step == last})} networks are there")
     finally:
-        replace(output / "separation_curves.md", report(read_points(path), settings, facts))
+        replace(output / "separation_curves.md", report(read_points(path), last, settings, facts))
     return read_points(path)
 
 
@@ -100,12 +100,15 @@ their standard deviation; within a seed both have the same weights, data and ord
 times as large and trained four times as long, end at {paper}."""
 
 
-def report(points: Sequence[Point], settings: Settings, facts: dict[str, str]) -> str:
-    """The Markdown page."""
+def report(points: Sequence[Point], last: int, settings: Settings, facts: dict[str, str]) -> str:
+    """The Markdown page; the study is whole when all networks have come to the last step."""
     losses = [loss for loss in LOSSES if any(point.loss == loss for point in points)]
     ends = dict(zip(LOSSES, zip(PAPER[AUTOCLIP], PAPER[NEVER], strict=True), strict=True))
     paper = ", ".join("{} against {} dB with {}".format(*ends[loss], LOSSES[loss].label) for loss in losses)
     parts = ["# Separating speech: along the way", OPENING.format(paper=paper)]
+    came = max((point.step for point in points), default=0)
+    if came < last:
+        parts.append(f"The study was stopped after {came:,} of {last:,} steps.")
     for loss in losses:
         clipped, never, clipped_loss, never_loss = (
             by_step(points, loss, percentile, name)

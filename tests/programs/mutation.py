@@ -88,6 +88,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/gradients.py": _TORCH,
     "autoclip_torch/groups.py": _TORCH,
     "autoclip_torch/kernel.py": "test_torch_kernel test_torch_edges",
+    "autoclip_torch/layout.py": _TORCH,
     "autoclip_torch/lightning.py": "test_lightning",
     "autoclip_torch/optimizers.py": "test_torch_odd test_torch_zoo",
     "autoclip_torch/pipeline.py": _TORCH,
