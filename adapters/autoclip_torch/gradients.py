@@ -5,6 +5,7 @@ What shaped this module, and must stay true:
 - On a CPU the compiled kernel takes all but large tensors, in double precision (kernel.py). What it must not touch, and
   all else, is left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches
   the host.
+- Nothing is asked of one tensor after the other where the gradients are like those of the step before (layout.py).
 - One pass reads the gradients to measure them, one scales them. Where the host does not know whether the update is
   dropped, one more sets them to zero or leaves them: torch has no function that does both at once.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
@@ -235,7 +236,8 @@ class Gradients:
             factors = [scales[index] for index in batch.kind.groups]
             if set(factors) == {1.0}:
                 continue
-            each = list(chain.from_iterable(map(repeat, factors, batch.kind.sizes)))
+            sizes = batch.kind.sizes
+            each = factors * sizes[0] if len(sizes) == 1 else list(chain.from_iterable(map(repeat, factors, sizes)))
             if batch.memory is not None:
                 batch.memory.scale_(batch.tensors, each)
             else:
