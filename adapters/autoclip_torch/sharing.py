@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _MARK = "_autoclip_owner"
 _every: WeakSet[Sharing] = WeakSet()
+_lock = Lock()  # for it
 
 
 class Sharing:
@@ -28,11 +30,12 @@ class Sharing:
         self._shared: set[int] = set()  # parameters, by id
         self._warned = False
         own = set(map(id, groups.params))
-        for other in list(_every):
-            common = own.intersection(map(id, other._groups.params))
-            other._shared |= common
-            self._shared |= common
-        _every.add(self)
+        with _lock:
+            for other in _every:
+                common = own.intersection(map(id, other._groups.params))
+                other._shared |= common
+                self._shared |= common
+            _every.add(self)
 
     def mark(self, latest: Mapping[str, ClipStep]) -> None:
         """Say on a shared gradient who has clipped it, once nobody writes to it any more in this step."""
