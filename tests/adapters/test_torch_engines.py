@@ -5,11 +5,13 @@ DeepSpeed is not installed here. A stand-in has the private names that it uses, 
 
 import warnings
 from math import inf, nan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach, deepspeed
+from autoclip_torch.agreement import Agreement
 from torch import nn
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NonFiniteNormError
@@ -357,3 +359,32 @@ def test_engine_that_has_let_go_is_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AutoClip(params).step()
+
+
+# What ranks ask each other; that they do is tested with several processes.
+
+
+def test_ranks_compare_often_at_first_and_rarely_later():
+    agreement = Agreement(True)
+    due = [step for step in range(1, 5000) if agreement.is_due()]
+    assert due == [*(2**power for power in range(10)), 1024, 2048, 3072, 4096]
+
+
+def test_copies_of_one_gradient_are_suspected_where_there_is_a_norm(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+
+    def suspects(*squares):
+        pipeline = AutoClip(nn.Linear(1, 1))._pipeline
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for pair in squares:
+                pipeline._may_be_copies = True
+                pipeline._suspect_copies(SimpleNamespace(joint=torch.tensor(pair, dtype=torch.float64)))
+        return [str(warning.message) for warning in caught], pipeline._may_be_copies
+
+    for none in ((0.0, 0.0), (inf, inf), (nan, nan)):
+        assert suspects(none) == ([], True)
+    assert suspects((8.0, 3.0)) == ([], False)
+    (said,), asks_again = suspects((8.0, 4.0))
+    assert said.startswith("All 2 ranks of process_group have a gradient of the same norm, 2.")
+    assert not asks_again
