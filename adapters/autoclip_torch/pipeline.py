@@ -24,6 +24,7 @@ from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import NOT_SEEN, Gradients, as_tensor, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
+from autoclip_torch.sharing import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,6 +73,7 @@ class Pipeline:
             raise AutoClipValueError('process_group adds up one norm of all parameters, so it needs scope="global".')
         self.groups = groups
         self.repeats = Repeats()
+        self._sharing = Sharing(groups)
         self._percentile = percentile
         self._options = options
         self._mode = mode
@@ -87,7 +89,11 @@ class Pipeline:
     def __getstate__(self) -> dict[str, Any]:
         # A copy waits for nothing, and its gradients are other tensors.
         self.receive(wait=True)
-        return {**self.__dict__, "_deferred": None, "_layout": None, "repeats": Repeats()}
+        return {**self.__dict__, "_deferred": None, "_layout": None, "_sharing": None, "repeats": Repeats()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._sharing = Sharing(self.groups)
 
     def make_clip(self) -> AutoClip:
         """Return a clip for one more group."""
@@ -164,6 +170,7 @@ class Pipeline:
             )
         self.refresh()
         device = self._deferred.device if self._deferred is not None else None
+        self._sharing.look()
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
         self._layout = gradients.layout
         if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
@@ -261,7 +268,7 @@ class Pipeline:
         may_keep_nonfinite: bool = False,
         exactly: bool = True,
     ) -> None:
-        """Remember the gradients as they are left, so as to know them again; `repeats.touch` them at the end.
+        """Remember the gradients as they are left, so as to know them again; `touch` them at the end.
 
         Args:
             gradients: measured before.
@@ -271,6 +278,11 @@ class Pipeline:
         """
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
         self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
+
+    def touch(self, gradients: Gradients) -> None:
+        """Take gradients as they are for ours, when nobody writes to them any more in this step."""
+        self.repeats.touch(gradients)
+        self._sharing.mark(self.latest)
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
