@@ -261,5 +261,22 @@ def test_claims_of_the_pages_are_rows_of_the_report():
         for window in (100, 300):
             assert means[f"{percentile}, window {window}"] == pytest.approx(means[percentile], abs=2.0)
 
+    drifts = {name: [float(cell) for cell in row] for name, row in rows_under("### Norms that drift").items()}
+    falling, rising, fitted = (
+        {name: (row[start], row[start + 2]) for name, row in drifts.items()} for start in (0, 3, 6)
+    )
+    for p in (10, 90):
+        windows = [f"p = {p}{window}" for window in (", window 300", ", window 1000", ", window 3000", "")]
+        for task in (falling, rising, fitted):
+            away = [abs(task[name][1] - (100 - p)) for name in windows]
+            assert away[0] == min(away)
+            assert away[0] < away[-1]
+            if p == 10:
+                assert all(task[name][0] == pytest.approx(task["p = 10"][0], abs=1.0) for name in windows)
+    for window in (300, 1000):
+        gain = [task["p = 90"][0] - task[f"p = 90, window {window}"][0] for task in (falling, rising)]
+        assert gain[0] > 2.0
+        assert gain[1] < 1.0
+
     medians = [float(row[2].replace(",", "")) for row in rows_under("## The scales").values() if row[2] != "inf"]
     assert max(medians) / min(medians) > 5e3

@@ -12,7 +12,6 @@ import pytest
 import torch
 from autoclip_torch import AutoClip, attach
 from autoclip_torch.deferred import MOST_PENDING, Pending
-from autoclip_torch.pipeline import Measured
 from torch import nn
 
 from autoclip_core import AutoClipError, NonFiniteNormError
@@ -348,5 +347,5 @@ def test_owner_of_a_step_may_change_its_tensors(late, window):
 def test_deferred_needs_float64():
     with pytest.raises(AutoClipError, match="float64"):
         AutoClip([nn.Parameter(torch.zeros(1))], mode="deferred")._pipeline.decide(
-            Measured(type("Gradients", (), {"device": torch.device("mps")}), torch.zeros(1))
+            type("Gradients", (), {"device": torch.device("mps")}), torch.zeros(1)
         )
