@@ -74,7 +74,6 @@ bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
 	AUTOCLIP_BACKEND=native python -m bench torch
 	AUTOCLIP_BACKEND=native python -m bench jax
-	AUTOCLIP_BACKEND=native python -m bench tensorflow
 
 format: .venv/test
 	ruff check --fix --exit-zero

@@ -24,7 +24,7 @@ from bench.regret.clippers import (
     fixed_name,
     percentile_name,
 )
-from bench.regret.study import OPTIMIZERS, Results
+from bench.regret.study import OPTIMIZERS, Cell, Results
 from bench.regret.tasks import CLEAN, DRIFTS, SPOILED, TWINS, Task
 
 RUINED = 0.5
@@ -50,7 +50,7 @@ RATES = """\
 The best rate of each setting, as a multiple of the best without clipping."""
 DRIFT = """\
 Tasks of 6,000 steps whose norms fall or rise a hundred times, with windows of up to half of them. *Clipped*: the share
-of the steps, with the rate one has; without drift it is 100 - p."""
+of the steps, with the rate one has; without drift it is 100 - p. Seeds: {seeds}."""
 SCALES = """\
 Norms without clipping, with the rate one has; and the fixed decade that loses least with that rate."""
 
@@ -65,15 +65,18 @@ class Lost(NamedTuple):
 Table = dict[str, dict[str, Lost]]  # task, clipper
 
 
-def means(results: Results, task: str) -> dict[str, dict[float, tuple[float, float]]]:
-    """Validation and test losses by clipper and rate: means over seeds, none above the trivial loss.
-
-    Nothing is taken of a seed that has only a part of the trainings: clippers are compared over the same seeds.
-    """
-    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+def complete_seeds(results: Results, task: str) -> set[int]:
+    """Nothing is taken of a seed that has only a part of the trainings: clippers are compared over the same seeds."""
     trained = Counter(cell.seed for cell in results if cell.task == task)
+    return {seed for seed, count in trained.items() if count == max(trained.values())}
+
+
+def means(results: Results, task: str) -> dict[str, dict[float, tuple[float, float]]]:
+    """Validation and test losses by clipper and rate: means over seeds, none above the trivial loss."""
+    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    seeds = complete_seeds(results, task)
     for cell, result in results.items():
-        if cell.task == task and trained[cell.seed] == max(trained.values()):
+        if cell.task == task and cell.seed in seeds:
             losses = (min(result.validation, result.trivial), min(result.test, result.trivial))
             found[cell.clipper][cell.rate].append(losses)
     return {
@@ -149,6 +152,7 @@ def summary(lost: Table, clippers: Iterable[str], groups: dict[str, Sequence[Tas
 
 
 def own_rates(results: Results, clippers: Iterable[str], tasks: Sequence[Task]) -> str:
+    """The rate that is best for each setting, beside the one that is best without clipping."""
     found = {task: (rate_without_clipping(results, task), means(results, task.name)) for task in tasks}
     rows = [
         [
@@ -167,7 +171,8 @@ def drifts(results: Results, lost: Table) -> str:
         row = [clipper]
         for task in DRIFTS:
             rate = rate_without_clipping(results, task)
-            shares = [result.clipped for cell, result in results.items() if cell[:3] == (task.name, clipper, rate)]
+            cells = (Cell(task.name, clipper, rate, seed) for seed in complete_seeds(results, task.name))
+            shares = [results[cell].clipped for cell in cells if cell in results]
             row += [percent(of(lost, [task], clipper, kind)[0]) for kind in Lost._fields]
             row.append(percent(statistics.fmean(shares) if shares else None))
         rows.append(row)
@@ -288,7 +293,7 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
         OPEN,
         summary(lost, [*ends, *VARIANTS], batches),
         "### Norms that drift",
-        DRIFT,
+        DRIFT.format(seeds=min(len(complete_seeds(results, task.name)) for task in DRIFTS)),
         drifts(results, lost),
         "## The scales",
         SCALES,
