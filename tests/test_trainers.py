@@ -18,7 +18,7 @@ every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program:
 
 def test_page_has_the_snippets_and_the_table_of_today():
     assert run.refreshed(PAGE) == PAGE
-    assert run.refreshed(PAGE.replace("attach(", "attack(").replace("| library | what", "| what | library")) == PAGE
+    assert run.refreshed(PAGE.replace("attach(base)", "attach(all)").replace("| library | what", "| what | library")) == PAGE
 
 
 @every_program
