@@ -460,10 +460,11 @@ def decide(
         The threshold, the scale and whether it clips, as in ClipStep: a scale of 0 means "drop this update".
     """
     finite = xp.isfinite(norm)
-    if max_threshold is not None:
-        threshold = xp.minimum(threshold, max_threshold)
     limit = threshold
-    if not (isinstance(warmup, int) and warmup == 0):
+    # An option that was not given is no operation: each costs a graph of TensorFlow a microsecond.
+    if max_threshold is not None:
+        threshold = limit = xp.minimum(threshold, max_threshold)
+    if not isinstance(warmup, int) or warmup > 0:
         limit = xp.where(recorded_steps > warmup, threshold, norm if max_threshold is None else max_threshold)
     clipped = finite & (norm > limit)
     scale = xp.where(clipped, limit / xp.where(clipped, norm, 1.0), 1.0)  # no division by 0, nor its derivative

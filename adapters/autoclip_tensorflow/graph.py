@@ -124,6 +124,7 @@ def _take_step(options: Options, history: tf.Tensor, state: Mapping[str, tf.Tens
         operations = partial(steps.observe_window, XP, state["percentile"], *given)
         if _OBSTACLE:
             return operations()
+        # Where a branch is not taken its nodes cost time all the same: so all of these are one node.
         by_operations = tf.function(operations, autograph=False, experimental_attributes={"_noinline": True})
         # For XLA this index is a constant that names no device.
         return tf.switch_case(tf.raw_ops.DeviceIndex(device_names=["CPU"]), [by_kernel], default=by_operations)
