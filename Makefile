@@ -3,6 +3,7 @@
 ## make cross   the C tests on big-endian, 32-bit and ARM processors and on Windows, emulated
 ## make oldest  the JAX, TensorFlow and Keras tests on the oldest versions that pyproject.toml allows
 ## make engines  the same training under DeepSpeed, FSDP, Accelerate, Lightning, the Trainer and Ray, against one process
+## make trainers  a small training with each library that people train with, resumed in a new process; TRAINERS="--help"
 ## make coverage  that the tests reach every line and branch of the kernel, and 95 % of the lines of each package
 ## make soak    the long forms of the tests, with their figures: most of a day; SOAK="--help" for parts and options
 ## make docs    the site: these pages and a reference, in build/site/README.html; every warning is an error
@@ -21,7 +22,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines coverage soak docs bench format clean tools static
+.PHONY: help demo test cross oldest oldest-jax oldest-tensorflow engines trainers coverage soak docs bench format clean tools static
 .PHONY: python python-adapters python-others python-numba
 .PHONY: c-asan c-tsan c-release c-msan c-fuzz c-valgrind c-coverage c-aarch64 c-s390x c-i386 c-windows
 
@@ -43,7 +44,7 @@ cross: c-aarch64 c-s390x c-i386 c-windows
 
 # Each with the lower bounds of pyproject.toml in an environment of its own, for they want different versions of others.
 oldest = $(shell sed -n '/^$(1) = /{s/.*[ ["]$(2)>=\([^"]*\)".*/\1/p}' pyproject.toml)
-OLDEST_jax = jax==$(call oldest,jax,jax) optax==$(call oldest,jax,optax) equinox flax 'orbax-checkpoint<0.11.6'
+OLDEST_jax = jax==$(call oldest,jax,jax) optax==$(call oldest,jax,optax) equinox flatbuffers flax 'orbax-checkpoint<0.11.6'
 OLDEST_tensorflow = tensorflow-cpu==$(call oldest,tensorflow,tensorflow) keras==$(call oldest,keras,keras) tensorboard
 TESTS_jax = tests/adapters/test_jax*.py
 TESTS_tensorflow = tests/adapters/test_tensorflow.py tests/adapters/test_keras.py
@@ -62,6 +63,10 @@ engines:
 	    build/engines/bin/pip install '.[lightning,transformers]' -r tests/engines/requirements.txt
 	AUTOCLIP_BACKEND=native build/engines/bin/python -P tests/engines/run.py $(ENGINES)
 
+# Makes an environment for each family; TRAINERS="torch" for one, TRAINERS="skorch fastai" for some of the libraries.
+trainers:
+	$(PYTHON) tests/trainers/run.py $(TRAINERS)
+
 docs: .venv/docs
 	python -P -m sphinx -q --fail-on-warning --keep-going -c .docs -d build/doctrees . build/site
 
@@ -69,7 +74,6 @@ bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history
 	AUTOCLIP_BACKEND=native python -m bench torch
 	AUTOCLIP_BACKEND=native python -m bench jax
-	AUTOCLIP_BACKEND=native python -m bench tensorflow
 
 format: .venv/test
 	ruff check --fix --exit-zero

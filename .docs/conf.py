@@ -18,7 +18,7 @@ release = version = version_of("autoclip-core")
 
 root_doc = "README"
 include_patterns = [
-    *("README.md", "CHANGELOG.md", "autoclip_core/README.md", "adapters/README.md", "adapters/*/README.md"),
+    *("README.md", "CHANGELOG.md", "autoclip_core/README.md", "adapters/**.md"),
     *("csrc/README.md", "bench/**.md", "tests/RELIABILITY.md", ".github/*.md", ".docs/*.md"),
 ]
 exclude_patterns = [".venv", "build", "dist", "demo-output"]
@@ -30,6 +30,7 @@ default_role = "code"  # docstrings have single backticks, as Markdown has
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["fastai", "skorch", "stable_baselines3"]  # `make trainers` alone installs them
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = c_maximum_signature_line_length = 88
@@ -53,7 +54,7 @@ _PARTS: dict[str, dict[str, list[str]]] = {
         "Use it": [
             "bench/tutorial/README",
             *(f"adapters/autoclip_{framework}/README" for framework in ("torch", "jax", "tensorflow")),
-            *("autoclip_core/README", "adapters/README", "csrc/README"),
+            *("autoclip_core/README", "adapters/README", "adapters/TRAINERS", "csrc/README"),
         ],
         "Reference": [
             *(f".docs/autoclip_{package}" for package in ("torch", "jax", "tensorflow", "core")),

@@ -1,8 +1,8 @@
 """`autoclip` on the command line: what would have been clipped, what is installed, what a snapshot holds.
 
 Results go to standard output, sentences on what went wrong to standard error. The exit code is 0 for a result, also for
-that of a log of which a part could not be read; 1 where there is none; 2 for arguments that cannot be understood; 3 for
-an error of this program itself. Tables that are too wide for the terminal become one block per row.
+that of a log of which a part could not be read; 1 where there is none, or not the picture; 2 for arguments that cannot
+be understood; 3 for an error of this program itself. Tables too wide for the terminal become one block per row.
 """
 
 from __future__ import annotations
@@ -186,13 +186,19 @@ def _replay(options: argparse.Namespace) -> None:
                 "advice": advice,
             }
         )
-    if options.plot is not None:
-        _plot(panels, options.plot)
-    for note in dict.fromkeys(note for log in logs for note in log.notes):
-        _complain(note)
-    if options.json:
-        _print_json({"file": options.file, **(contents[0] if len(contents) == 1 else {"columns": contents})})
-        return
+    try:
+        if options.plot is not None:
+            _plot(panels, options.plot)
+    finally:  # a picture that cannot be drawn takes nothing from the table
+        for note in dict.fromkeys(note for log in logs for note in log.notes):
+            _complain(note)
+        if options.json:
+            _print_json({"file": options.file, **(contents[0] if len(contents) == 1 else {"columns": contents})})
+        else:
+            _print_replay(source, contents, rows)
+
+
+def _print_replay(source: str, contents: list[dict[str, Any]], rows: list[list[str]]) -> None:
     for facts in contents:
         span = f"{_number(facts['lowest'])} to {_number(facts['highest'])}"
         print(_printable(f"{facts['column']} in {source}: {facts['steps']:,} steps, {span}"))
@@ -201,7 +207,7 @@ def _replay(options: argparse.Namespace) -> None:
             print(f"not remembered: {', '.join(left_out)}")
     print()
     header = ["norms", "setting", "history", "final", "median", "clipped", "scale", "hardest"]
-    first = 1 if len(logs) == 1 else 0
+    first = 1 if len(contents) == 1 else 0
     _print_table(header[first:], [row[first:] for row in rows])
     legend = (
         "final, median: of the threshold. scale: the median factor of the clipped gradients; hardest: one in twenty of "
@@ -212,7 +218,7 @@ def _replay(options: argparse.Namespace) -> None:
     if suggested:
         print("\n" + textwrap.fill(_ADVICE, _columns()))
     for column, line in suggested:
-        of = f"{_printable(column)}, " if len(logs) > 1 else ""
+        of = f"{_printable(column)}, " if len(contents) > 1 else ""
         print(textwrap.fill(f"- {of}{line}", _columns(), subsequent_indent="  "))
 
 

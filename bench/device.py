@@ -1,12 +1,15 @@
 """What a clipped step costs on an accelerator: all of `bench torch` there, launches, and whole training steps."""
 
 import gc
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from autoclip_torch import AutoClip, attach
 from torch import nn
@@ -51,15 +54,21 @@ What this isolates: the time between `backward()` and the next forward pass, as 
 CPU](../torch/torch.md), with gradients on {device}. "Device" is the time from the first to the last of a step's
 kernels, by events of the device; "host" is how long the call took, which returns before the device is done. Each number
 is the median of {rounds} rounds, in microseconds per step; subjects take turns in every round. Launches are kernels,
-copies and fills of one step, counted by torch's profiler. {syncs}"""
+copies and fills of one step, counted by torch's profiler. {syncs}
+A step in JAX is a hundredth of a compiled loop of a hundred steps."""
 
-SYNCS = 'Every deferred step ran under `torch.cuda.set_sync_debug_mode("error")`: none made the host wait.'
+SYNCS = """Every deferred step ran
+under `torch.cuda.set_sync_debug_mode("error")`: none made the host wait."""
 NO_SYNCS = "This device cannot tell whether a step made the host wait."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRAINING, SCAN = "training", "JAX, inside lax.scan"
+WINDOWS = (2**14, 2**17, 2**20, 2**24)
 MOST_LAUNCHES = 36
-WAITING = (NORM, AUTHORS)  # whatever they run on
+IMMEDIATE = f"{CLIP}, immediate"
+WAITING = (NORM, AUTHORS, IMMEDIATE)  # whatever they run on
 BY_HAND = "AutoClip.step, then the optimizer"
+JAX, OPTAX = "autoclip_jax.autoclip", "optax.clip_by_global_norm"
 ATTACHED = "AutoClip attached"
 FUSED = "AutoClip attached, fused"
 
@@ -126,7 +135,7 @@ def launches(step: Callable[[], object], place: Place) -> int:
     """How many kernels, copies and fills a step makes."""
     kind = place.device.type.upper()
     torch.accelerator.synchronize()
-    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+    with profile(activities=[getattr(ProfilerActivity, kind)], acc_events=True) as profiler:
         step()
         torch.accelerator.synchronize()
     return sum(event.device_type.name == kind for event in profiler.events())
@@ -212,7 +221,44 @@ def train(measured: Measurements, device: torch.device, rounds: int, *, quick: b
             torch.manual_seed(0)
             model, inputs = make()
             subjects[clipping] = Training(model.to(device, dtype), inputs.to(device, dtype), clipping)
-        side_by_side(measured, "training", stream, subjects, Place(device, dtype), rounds, 20)
+        side_by_side(measured, TRAINING, stream, subjects, Place(device, dtype), rounds, 20)
+
+
+def measure_windows(measured: Measurements, rounds: int, *, quick: bool) -> None:
+    """Take steps of JAX's form for devices, over full windows, inside one compiled loop."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch has the memory
+    import autoclip_jax
+    import jax
+    import optax
+    from jax import numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        say("  this JAX sees no accelerator: its windows are not measured")
+        return
+    coming = jnp.asarray(np.random.default_rng(1).lognormal(size=100), jnp.float32)
+
+    def loop(tx: optax.GradientTransformation) -> Callable[[Any], Any]:
+        def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+            updates, state = tx.update(jnp.full(4, norm / 2), state)
+            return state, updates[0]
+
+        return jax.jit(lambda state: jax.lax.scan(step, state, coming))
+
+    for size in WINDOWS[: 1 if quick else None]:
+        say(f"  JAX, a window of {size:,}")
+        norms = np.random.default_rng(0).lognormal(size=size).astype(np.float32)
+        clip, constant = autoclip_jax.autoclip(window=size), optax.clip_by_global_norm(1.0)
+        full = clip.init(jnp.ones(4))._replace(
+            norms=jnp.asarray(np.array([np.sort(norms), norms])), counts=jnp.array([0, size, 0, 0], jnp.int32)
+        )
+        subjects = {JAX: (loop(clip), full), OPTAX: (loop(constant), constant.init(jnp.ones(4)))}
+        for count in range(1 + rounds):
+            for name, (run_steps, state) in subjects.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run_steps(state))
+                if count:  # the first compiles
+                    microseconds = (time.perf_counter() - start) * 1e6 / len(coming)
+                    measured.add(Key(SCAN, f"{size:,}", size, name, "device us"), microseconds)
 
 
 def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
@@ -225,6 +271,7 @@ def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
         for stream, (count, size) in shapes.items():
             subjects = {
                 CLIP: make_autoclip(count, size, many, place=place),
+                IMMEDIATE: make_autoclip(count, size, many, place=place, mode="immediate"),
                 TORCH: make_torch(count, size, place),
                 NORM: make_norm(count, size, place),
             }
@@ -247,6 +294,7 @@ def measure(device: torch.device, rounds: int, *, quick: bool) -> Measurements:
     }
     side_by_side(measured, "scopes", f"{count:,} x {size:,}", subjects, place, rounds, 10)
     train(measured, device, rounds, quick=quick)
+    measure_windows(measured, rounds, quick=quick)
     return measured
 
 
@@ -277,6 +325,15 @@ def report(measured: Measurements, facts: dict[str, str], device: torch.device, 
     for key in measured.values:
         if key.metric != "launches":
             times.setdefault((key.experiment, key.stream, key.subject), {})[key.metric] = shown(measured.median(*key))
+
+    def tabled(head: list[str], belongs: Callable[[str], bool]) -> list[str]:
+        rows = [
+            [*names, found["device us"], found.get("host us", "-")]
+            for names, found in times.items()
+            if belongs(names[0])
+        ]
+        return [table(head, rows)] if rows else ["Not measured: there was nothing to measure it with."]
+
     syncs = SYNCS if device.type == "cuda" else NO_SYNCS
     parts = [
         "# A clipped step on an accelerator",
@@ -284,11 +341,12 @@ def report(measured: Measurements, facts: dict[str, str], device: torch.device, 
         OPENING.format(device=facts["device"], rounds=rounds, syncs=syncs),
         "## Against the targets",
         table(["question", "measured", "target"], targets(measured)),
-        "## Microseconds per step",
-        table(
-            ["what", "gradients", "subject", "device", "host"],
-            [[*names, found["device us"], found["host us"]] for names, found in times.items()],
-        ),
+        "## A step",
+        *tabled(["what", "gradients", "subject", "device", "host"], lambda name: name not in (TRAINING, SCAN)),
+        "## A whole training step",
+        *tabled(["what", "model", "subject", "device", "host"], lambda name: name == TRAINING),
+        "## A step in JAX",
+        *tabled(["what", "window", "subject", "device", "host"], lambda name: name == SCAN),
         facts_table(facts),
     ]
     return "\n\n".join(parts) + "\n"
@@ -304,11 +362,11 @@ def main() -> None:
         return
     options = parse(arguments)
     if options.tests:
-        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "device", "tests/adapters"]
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "device", "tests/adapters/test_torch_device.py"]
         if subprocess.run(tests, cwd=ROOT, check=False).returncode != 0:
             raise SystemExit("A test of the device failed; see above.")
     device = torch.device(device.type, torch.accelerator.current_device_index())
-    facts = machine_facts(["torch"])
+    facts = machine_facts(["torch", "jax"])
     facts["device"] = torch.get_device_module(device).get_device_name(device)
     facts["its toolkit"] = str(torch.version.cuda or torch.version.hip or torch.version.xpu)
     say("python -m bench device")

@@ -223,6 +223,7 @@ def test_wheel_without_a_compiler_fails_where_the_kernel_is_demanded(tmp_path):
 def test_extension_exports_the_whole_abi_and_nothing_else(kernel):
     entry_points = {
         "autoclip_tensorflow_register",
+        "autoclip_tensors_fingerprint",
         "autoclip_tensors_measure",
         "autoclip_tensors_scale",
         "autoclip_tree_observe",

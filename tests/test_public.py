@@ -1,7 +1,9 @@
 """Every public name is shown to type checkers as a user writes it, and stands in the reference."""
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     *("autoclip_core", "autoclip_core.arrays", "autoclip_core.plot", "autoclip_core.replay"),
     *("autoclip_torch", "autoclip_torch.deepspeed", "autoclip_torch.lightning", "autoclip_torch.transformers"),
+    *("autoclip_torch.fastai", "autoclip_torch.skorch", "autoclip_torch.stable_baselines3"),
     *("autoclip_jax", "autoclip_tensorflow"),
 )
 CLASSES = ("autoclip_core/history.py", "autoclip_core/clip.py", "adapters/autoclip_torch/clip.py")
@@ -62,6 +65,18 @@ def test_type_checkers_see_each_method_as_a_user_writes_it(path):
     members = members_of(path)
     assert len(members) > 5
     assert members - words_of("tests/programs/typed.py") == set()
+
+
+def test_pyright_finds_nothing_in_a_users_program(tmp_path):
+    """mypy reads the same file in `make static`. Here the packages are the installed ones, as an editor sees them."""
+    shutil.copy(ROOT / "tests/programs/typed.py", tmp_path)
+    settings = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}  # optax has none
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    found = json.loads(done.stdout)
+    assert found["summary"]["filesAnalyzed"] == 1
+    assert [f"{one['range']['start']['line'] + 1}: {one['message']}" for one in found["generalDiagnostics"]] == []
 
 
 # The site.

@@ -9,6 +9,7 @@
 A block of any other language fails.
 """
 
+import json
 import os
 import re
 import shlex
@@ -119,12 +120,43 @@ def test_c_block_compiles_and_runs(block, run_c):
     run_c(block.code)
 
 
-def test_tutorial_runs_and_makes_its_pictures(tmp_path):
+def read_notebook(path):
+    """Its cells, and what the code among them has shown: the text, and how many pictures."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.pop("outputs", [])]
+    texts = ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
+    return cells, texts, sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def words_and_numbers(text):
+    """Apart, and without layout: a training ends in other digits on another processor."""
+    number = r"\d[\d,]*(?:\.\d+)?"
+    words = " ".join(re.sub(number, "#", text).split())
+    return words, [float(found.replace(",", "")) for found in re.findall(number, text)]
+
+
+def assert_alike(one, other):
+    (words, numbers), (other_words, other_numbers) = words_and_numbers(one), words_and_numbers(other)
+    assert words == other_words
+    assert numbers == pytest.approx(other_numbers, rel=0.5)
+
+
+def test_tutorial_and_its_notebook_show_what_their_programs_do(tmp_path):
     command = [sys.executable, "-m", "bench.tutorial", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     shown = re.findall(r"results/tutorial/(\w+\.png)\)", PAGES[TUTORIAL])
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(shown)
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == sorted(shown)
+    folders = (ROOT / "bench", tmp_path)
+    (cells, texts, pictures), made = (read_notebook(folder / "tutorial/tutorial.ipynb") for folder in folders)
+    assert (cells, pictures) == (made[0], made[2])
+    assert pictures == len(shown)
+    for one, other in zip(texts, made[1], strict=True):
+        assert_alike(one, other)
+    printed = [block.code for block in BLOCKS if (block.page, block.language) == (TUTORIAL, "text")]
+    assert printed
+    for text in printed:
+        assert any(words_and_numbers(text)[0] == words_and_numbers(other)[0] for other in made[1])
 
 
 # Commands.

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from bench.regret import study  # noqa: E402
 from bench.regret.clippers import MAKERS, NONE, Size  # noqa: E402
 from bench.regret.report import lost_in  # noqa: E402
 from bench.regret.study import Cell, Result  # noqa: E402
-from bench.regret.tasks import SPOILED, TASKS, TWINS  # noqa: E402
+from bench.regret.tasks import CLEAN, SPOILED, TASKS, TWINS  # noqa: E402
 
 OPTIMIZERS = {
     "SGD": lambda weights, rate: torch.optim.SGD(weights, lr=rate, momentum=study.MOMENTUM),
@@ -212,19 +213,34 @@ def mean(cell):
     return float(cell.partition(" / ")[0])
 
 
+def worst(cell):
+    return float(cell.partition(" / ")[2])
+
+
 def test_claims_of_the_pages_are_rows_of_the_report():
     rows = rows_under("## In short")
-    percentiles = [f"p = {p}" for p in (1, 10, 25, 50, 75, 90)]
+    percentiles = [f"p = {p}" for p in (10, 25, 50, 75, 90)]
     fixed = [name for name in rows if name.startswith("fixed")]
-    clean_here, clean_own, bad_here, _, ruined = range(5)
+    clean_here, clean_own, bad_here, bad_own, ruined = range(5)
     assert {rows[name][ruined] for name in percentiles} == {"0 of 14"}
+    assert rows["p = 1"][ruined] == "1 of 14"
     assert len(fixed) == 7
     assert all(not rows[name][ruined].startswith("0 ") for name in fixed)
-    assert rows["none"][bad_here] == "100.0 / 100.0"
-    assert all(mean(rows[name][bad_here]) < 20.0 for name in percentiles)
+    assert rows["none"][ruined] == "4 of 14"
+    assert worst(rows["none"][clean_here]) < 50.0 < mean(rows["none"][bad_here])  # so it is the four with bad batches
+    assert all(mean(rows[name][bad_here]) < 12.0 for name in percentiles)
     assert mean(rows["p = 99"][bad_here]) > 50.0
-    assert mean(rows["fixed 1"][clean_own]) <= min(mean(rows[name][clean_own]) for name in percentiles)
-    assert min(mean(rows[name][clean_here]) for name in percentiles) > 0.7 * mean(rows["none"][clean_here])
+    best = [min(mean(rows[name][column]) for name in percentiles) for column in range(4)]
+    assert [mean(rows["fixed 1"][column]) for column in (clean_own, bad_own)] == [3.7, 1.4]
+    assert [best[clean_own], best[bad_own]] == [6.3, 4.2]
+    assert all(mean(rows["p = 50"][column]) <= best[column] + 2.0 for column in range(4))
+    assert max(mean(rows[f"p = {p}"][bad_here]) for p in (10, 25, 50)) < mean(rows["p = 90"][bad_here])
+    assert mean(rows["p = 90"][bad_here]) < best[bad_here] + 4.0
+    assert 0.8 * mean(rows["none"][clean_here]) < best[clean_here] < 1.1 * mean(rows["none"][clean_here])
+
+    rates = rows_under("### Its own rate")["p = 10"]
+    of_sgd = [float(rate) for rate, task in zip(rates, CLEAN + SPOILED, strict=True) if task.optimizer == "SGD"]
+    assert statistics.median(of_sgd) == 3.0
 
     optimizers = rows_under("### By optimizer, clean batches")
     sgd_here, sgd_own, adam_here, adam_own = map(mean, optimizers["p = 10"])
@@ -244,6 +260,23 @@ def test_claims_of_the_pages_are_rows_of_the_report():
     for percentile in ("p = 10", "p = 90"):
         for window in (100, 300):
             assert means[f"{percentile}, window {window}"] == pytest.approx(means[percentile], abs=2.0)
+
+    drifts = {name: [float(cell) for cell in row] for name, row in rows_under("### Norms that drift").items()}
+    falling, rising, fitted = (
+        {name: (row[start], row[start + 2]) for name, row in drifts.items()} for start in (0, 3, 6)
+    )
+    for p in (10, 90):
+        windows = [f"p = {p}{window}" for window in (", window 300", ", window 1000", ", window 3000", "")]
+        for task in (falling, rising, fitted):
+            away = [abs(task[name][1] - (100 - p)) for name in windows]
+            assert away[0] == min(away)
+            assert away[0] < away[-1]
+            if p == 10:
+                assert all(task[name][0] == pytest.approx(task["p = 10"][0], abs=1.0) for name in windows)
+    for window in (300, 1000):
+        gain = [task["p = 90"][0] - task[f"p = 90, window {window}"][0] for task in (falling, rising)]
+        assert gain[0] > 2.0
+        assert gain[1] < 1.0
 
     medians = [float(row[2].replace(",", "")) for row in rows_under("## The scales").values() if row[2] != "inf"]
     assert max(medians) / min(medians) > 5e3

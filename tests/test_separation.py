@@ -14,7 +14,7 @@ from scipy.io import wavfile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # behind what is installed; importing bench takes it out again
 
-from bench.separation import corpora, dynamics, evaluate, networks, table, train  # noqa: E402
+from bench.separation import corpora, curves, dynamics, evaluate, networks, table, train  # noqa: E402
 from bench.separation.__main__ import main  # noqa: E402
 from bench.separation.corpora import CorpusError, Pair  # noqa: E402
 from bench.separation.losses import LOSSES, Targets  # noqa: E402
@@ -460,6 +460,51 @@ def test_interrupted_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         main([*arguments, "--epochs", "3"])
 
 
+def test_curves_are_those_of_whole_trainings_and_go_on_where_they_were(tmp_path, monkeypatch):
+    arguments = ["curves", *TINY_OPTIONS, "--losses", "mi", "--every", "4", "--output", str(tmp_path)]
+    main(arguments)
+    path = tmp_path / "separation_curves.csv"
+    points = curves.read_points(path)
+    assert [point[:4] for point in points] == [("mi", p, 0, step) for p in (10.0, 100.0) for step in (16, 32)]
+    training = Training(TINY, "mi", 10.0, 0)
+    steps = [training.step(waves) for waves, _ in zip(training.batches(), range(32), strict=False)]
+    assert points[1].train_loss == pytest.approx(np.mean([step.loss_value for step in steps[16:]]), rel=1e-5)
+    assert points[1].validation_loss == pytest.approx(training.validate(), rel=1e-5)
+    si_sdr = evaluate.evaluate(training.network, TINY.mixtures()["test"], "cpu")
+    assert points[1].si_sdr == pytest.approx(si_sdr, rel=1e-5)
+    assert training.network.training
+
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # p = 100 came half way
+    page = (tmp_path / "separation_curves.md").read_text("utf-8")
+    trained = []
+    follow = curves.follow
+    monkeypatch.setattr(curves, "follow", lambda *call: trained.append(call[1:4]) or follow(*call))
+    main(arguments)
+    assert trained == [("mi", 100.0, 0)]
+    assert sorted(curves.read_points(path)) == sorted(points)
+    assert (tmp_path / "separation_curves.md").read_text("utf-8") == page
+    assert (tmp_path / "separation_curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"other settings .batch was 4"):
+        main([*arguments, "--batch", "8"])
+
+
+def test_page_of_curves_compares_seeds_that_both_have():
+    points = [
+        curves.Point("snr", percentile, seed, step, step / 10 + seed + (percentile == 10.0), -1.0 - seed, -2.0)
+        for percentile in (10.0, 100.0)
+        for seed in (0, 1)
+        for step in (10, 20, 30)
+        if (percentile, seed, step) != (100.0, 1, 30)
+    ]
+    page = curves.report(points, 30, TINY, {"CPU": "some"})
+    rows = [line for line in page.splitlines() if re.match(r"\| [0-9]+ \|", line)]
+    assert rows == [
+        "| 10 | 2.50 ± 0.71 | 1.50 ± 0.71 | +1.00, +1.00 | -1.5 | -1.5 |",
+        "| 20 | 3.50 ± 0.71 | 2.50 ± 0.71 | +1.00, +1.00 | -1.5 | -1.5 |",
+    ]
+    assert "10.4 against 8.3 dB with SNR" in page
+
+
 def test_table_stands_beside_the_paper():
     cells = [
         make_cell("mi", percentile, seed, percentile / 50 + seed) for percentile in (10.0, 100.0) for seed in (0, 1)
@@ -550,3 +595,11 @@ def test_committed_page_is_what_its_cells_and_settings_give(folder):
     cells = table.read_cells(results / "separation.csv")
     page = table.report(cells, Settings(**begun["settings"]), begun["machine"])
     assert page == (results / "separation.md").read_text("utf-8")
+
+
+def test_committed_curves_are_what_their_points_give():
+    results = ROOT / "bench/results/separation_curves"
+    begun = json.loads((results / "separation_curves.json").read_text("utf-8"))
+    points = curves.read_points(results / "separation_curves.csv")
+    page = curves.report(points, 32 * 625, Settings(**begun["settings"]), begun["machine"])
+    assert page == (results / "separation_curves.md").read_text("utf-8")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ffi
 
-from autoclip_core import BackendError, arrays, kernel_error, kernel_library
+from autoclip_core import BackendError, EmptyHistoryError, arrays, kernel_error, kernel_library
 
 _WINDOW = "autoclip_xla_window"
 _TREE = "autoclip_xla_tree"
@@ -114,14 +114,12 @@ def settle(shared_id: int, previous: Array, recorded_steps: Array) -> None:
     Raises:
         StateError: the history is not that of the state.
     """
-    library = ctypes.CDLL(kernel_library())
-    found = ctypes.c_double()
-    last, steps = ctypes.c_double(float(previous[0])), ctypes.c_uint64(int(recorded_steps))
-    status = library.autoclip_shared_percentile_step(
-        ctypes.c_uint64(shared_id), steps, last, ctypes.c_double(0.0), ctypes.byref(found)
-    )
-    if status != 0 and int(recorded_steps) > 0:  # before the first step there may be nothing to find
-        raise kernel_error(status)
+    step = ctypes.CDLL(kernel_library()).autoclip_shared_percentile_step
+    unread = ctypes.c_double()  # a percentile: to ask for one settles the outcome
+    previous_norm, steps = ctypes.c_double(float(previous[0])), ctypes.c_uint64(int(recorded_steps))
+    status = step(ctypes.c_uint64(shared_id), steps, previous_norm, unread, ctypes.byref(unread))
+    if status != 0 and not isinstance(error := kernel_error(status), EmptyHistoryError):
+        raise error
 
 
 def _exact(percentile: float | Array) -> Array:

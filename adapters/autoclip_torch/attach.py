@@ -20,20 +20,19 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
+from torch.nn.parameter import is_lazy
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
-from autoclip_torch import kernel
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, moved
+from autoclip_torch.gradients import as_tensor, head, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
     is_nested,
     lacks_momentum,
     needs_closure,
-    params_of,
     refuse_hidden_updates,
 )
 from autoclip_torch.pipeline import is_dropped
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from autoclip_torch.pipeline import Mode, Pipeline
 
 _ABSENT = object()
-_MARK = "_autoclip_owner"
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
 _LEAST_FOLDED = 1e-30  # scale, whose inverse a float32 holds with a GradScaler's factor in it
@@ -205,7 +203,7 @@ class StepHooks:
         self._lent: list[tuple[str, Tensor, Any]] = []
         self._gradients: Gradients | None = None  # of the step that is being made
         self._is_stepping = self._has_nested = False
-        self._shared = self._find_shared(optimizer)
+        self._awaits_closure = False  # which this step has not called yet
         self._steps = 0
         self._look: tuple[Any, ...] | None = None  # what was seen when somebody looked for steps and found no new ones
         self._looked_after = 0  # steps
@@ -276,7 +274,8 @@ class StepHooks:
 
     def _what_is_there(self, optimizer: Optimizer) -> tuple[Any, ...]:
         """Return numbers that change with the parameters, twice, and with the gradients."""
-        params = [param for group in optimizer.param_groups for param in group["params"] if not param.is_inference()]
+        every = [param for group in optimizer.param_groups for param in group["params"]]
+        params = [param for param in every if not is_lazy(param) and not param.is_inference()]
         versions = sum(param._version for param in params)
         # Not every optimizer writes so that a version tells. Reading is waiting, so after the first step only a CPU is
         # asked, where some elements will do.
@@ -286,7 +285,7 @@ class StepHooks:
             if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
         ]
         if self._steps:
-            values: list[Any] = [kernel.head(param, at) for param in plain if (at := kernel.address(param))]
+            values: list[Any] = [head(param).tolist() for param in plain if param.is_cpu]
         else:
             values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
@@ -317,6 +316,7 @@ class StepHooks:
         self._steps += 1
         at = args[1] if len(args) > 1 else None
         closure: Callable[[], Any] | None = at if callable(at) else kwargs.get("closure")
+        self._awaits_closure = closure is not None
         if closure is None:
             if self._needs_closure:
                 raise AutoClipTypeError(
@@ -330,6 +330,7 @@ class StepHooks:
             self._take_back()
             loss = closure()
             self._clip_gradients(optimizer)
+            self._awaits_closure = False
             return loss
 
         if closure is at:
@@ -344,26 +345,25 @@ class StepHooks:
         if self._has_nested and is_nested(optimizer):
             return
         if self._gradients is not None:
-            self._pipeline.repeats.touch(self._gradients)
+            self._pipeline.touch(self._gradients)
         self._take_back()
         self._is_stepping = False
-        if self._shared:
-            self._mark_shared()
+        if self._awaits_closure:
+            self._warn(
+                f"{self._name}.step() was given a closure and has not called it. AutoClip clips behind the closure, so "
+                "this update was not clipped; make the gradients before step(), and leave the closure out."
+            )
 
-    @torch.no_grad()
     def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        if self._shared:
-            self._warn_of_shared()
         if grad_scaler is not None:
             grad_scale = _scale_of(grad_scaler, optimizer)
-        measured = self._pipeline.measure(grad_scale)
+        gradients, norms = self._pipeline.measure(grad_scale)
         if grad_scaler is not None:
             # This optimizer unscales by itself, and looks for overflows by itself.
-            found_inf = as_tensor(measured.norms).isfinite().all().logical_not().float()
-        steps = self._pipeline.decide(measured, found_inf)
-        gradients = measured.gradients
+            found_inf = as_tensor(norms).isfinite().all().logical_not().float()
+        steps = self._pipeline.decide(gradients, norms, found_inf)
         fused = gradients.plain and _is_fused(optimizer)
         if isinstance(steps, DeviceStep):
             # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.
@@ -427,36 +427,6 @@ class StepHooks:
             else:
                 setattr(optimizer, name, before)
         self._hidden, self._lent, self._gradients = [], [], None
-
-    # Parameters of several optimizers: after one backward() the second one sees what the first has clipped.
-
-    def _find_shared(self, optimizer: Optimizer) -> set[int]:
-        """Return the parameters, by id, that another attached optimizer has too, and tell that one."""
-        shared: set[int] = set()
-        for other, clip in list(_clips.items()):
-            common = params_of(optimizer) & params_of(other) if clip._attachment is not None else set()
-            if common:
-                clip._attachment._shared |= common  # type: ignore[union-attr]
-                shared |= common
-        return shared
-
-    def _shared_gradient(self) -> Tensor | None:
-        params = (param for group in self._pipeline.groups.by_name.values() for param in group)
-        return next((param.grad for param in params if id(param) in self._shared and param.grad is not None), None)
-
-    def _mark_shared(self) -> None:
-        grad = self._shared_gradient()
-        if grad is not None and any(step.clipped for step in self._pipeline.latest.values()):
-            setattr(grad, _MARK, (id(self), grad._version))
-
-    def _warn_of_shared(self) -> None:
-        grad = self._shared_gradient()
-        owner, version = getattr(grad, _MARK, (id(self), 0))
-        if grad is not None and owner != id(self) and grad._version == version:
-            self._warn(
-                f"This {self._name} shares parameters with another attached optimizer, which has clipped the gradients "
-                "before: AutoClip remembers norms that are clipped. Attach to one of them, or call backward() for each."
-            )
 
 
 @cache

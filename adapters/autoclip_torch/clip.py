@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, cast, overload
 
@@ -240,13 +241,11 @@ class AutoClip(Generic[Steps]):
             )
         self._is_copy = False
         pipeline = self._pipeline
-        with torch.no_grad():
-            measured = pipeline.measure()
-            steps = pipeline.decide(measured)
-            gradients = measured.gradients
-            pipeline.apply(gradients, steps)
-            pipeline.leave(gradients, steps)
-            pipeline.repeats.touch(gradients)
+        gradients, norms = pipeline.measure()
+        steps = pipeline.decide(gradients, norms)
+        pipeline.apply(gradients, steps)
+        pipeline.leave(gradients, steps)
+        pipeline.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
             every = enumerate(zip(*(field.unbind() for field in steps), strict=True))
@@ -343,6 +342,11 @@ class AutoClip(Generic[Steps]):
         what = repr(clips["global"]) if self._pipeline.groups.scope == "global" else f"{len(clips)} groups"
         to = f", {self._attachment.describe()}" if self._attachment is not None else ""
         return f"<autoclip_torch.AutoClip of {len(self._pipeline.groups)} parameters{to}: {what}>"
+
+    def __copy__(self) -> AutoClip[Steps]:
+        """Return another one of the same parameters, with a history of its own."""
+        groups = self._pipeline.groups
+        return deepcopy(self, {id(kept): kept for kept in (*groups.params, groups.optimizer)})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_pipeline": self._pipeline, "_is_copy": self._is_copy or self._attachment is not None}

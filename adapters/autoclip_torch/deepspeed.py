@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from math import inf, nan
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from autoclip_torch.pipeline import Measured
 
 __all__ = ["attach", "attached"]
 
@@ -170,7 +169,7 @@ class _Pipeline(Pipeline):
     def refuse_parts(self, params: Iterable[Tensor]) -> None:
         """Take parameters of which this rank has a part: DeepSpeed adds up the norms."""
 
-    def measure(self, grad_scale: Tensor | None = None) -> Measured:
+    def measure(self, grad_scale: Tensor | None = None) -> NoReturn:
         """Raise, for it could only be called by hand."""
         raise AutoClipError(
             "DeepSpeed keeps the gradients to itself, so this AutoClip has no step() of its own; attach another one by "

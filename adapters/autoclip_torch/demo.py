@@ -240,7 +240,6 @@ def interpret(runs: Sequence[Run], learning_rate: float) -> list[str]:
     """Return what the figures say, whatever they are, in sentences."""
     seeds = sorted({run.seed for run in runs})
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
-    rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     sentences = [
         f"The learning rate {learning_rate:g} is the best one of no clipping on clean batches, of {rates}.",
         f"Nothing was tuned for any other row. {len(seeds)} seeds.",

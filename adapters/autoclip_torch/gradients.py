@@ -5,6 +5,7 @@ What shaped this module, and must stay true:
 - On a CPU the compiled kernel takes all but large tensors, in double precision (kernel.py). What it must not touch, and
   all else, is left to foreach functions over lists of plain tensors; no value of a single tensor on a device reaches
   the host.
+- Nothing is asked of one tensor after the other where the gradients are like those of the step before (layout.py).
 - One pass reads the gradients to measure them, one scales them. Where the host does not know whether the update is
   dropped, one more sets them to zero or leaves them: torch has no function that does both at once.
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
@@ -19,14 +20,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from functools import cache
-from itertools import chain, groupby, islice
+from itertools import chain, islice, repeat
 from math import inf, sqrt
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
+from autoclip_torch.layout import Kind, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,17 +42,11 @@ _LARGE = 2**16  # elements
 _HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# Of one tensor after the other, without a word of Python in between.
+_grad, _version = attrgetter("grad"), attrgetter("_version")
+
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
-
-
-class Pattern(NamedTuple):
-    """Gradients that the kernel takes, all of them, without their memory. The next step's have the same, as a rule."""
-
-    counts: list[int]  # of the gradients of each group
-    indices: list[int]  # of the group of each gradient
-    sizes: list[int]  # the counts that are not 0
-    layout: kernel.Layout
 
 
 class Gradients:
@@ -60,143 +57,129 @@ class Gradients:
         process_group: a process group whose ranks hold different parameters of the same groups; None if every rank
             holds all (or holds shards of them as DTensors, which know their ranks).
         device: where the norms shall be, if there is a gradient.
-        pattern: of the gradients of an earlier step. Where it is that of these as well, they are collected in a third
-            of the time.
+        layout: of the gradients that the same parameters had in an earlier step. Where these are like them, they are
+            sorted in a fraction of the time.
     """
 
     count: int  # of the groups
     first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
-    devices: set[torch.device]  # on which there are gradients
-    plain: bool  # whether there are no DTensors
-    pattern: Pattern | None = None  # of these gradients
+    plain = True  # whether there are no DTensors
+    layout: Layout  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
+    _dtensor: Any = ()
+    _shards_of: Mapping[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
 
     def __init__(
         self,
         groups: Sequence[Sequence[Tensor]],
         process_group: ProcessGroup | None = None,
         device: torch.device | None = None,
-        pattern: Pattern | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
-        self._has_kernel = kernel.is_usable()
-        # By device, dtype, the process groups over which they are sharded, and whether the kernel takes them.
-        self._batches: dict[tuple[Any, ...], _Batch] = {}
         # There are no DTensors before somebody has imported their module, which takes a second.
-        module = sys.modules.get("torch.distributed.tensor")
-        self._dtensor: Any = () if module is None else module.DTensor
-        kinds = set(map(type, chain.from_iterable(groups))) if self._dtensor else ()
-        self.plain = not kinds or not any(issubclass(kind, self._dtensor) for kind in kinds)
-        self._shards_of: dict[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
-        if not self.plain:
-            dtensors = [param for params in groups for param in params if isinstance(param, self._dtensor)]
-            # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
-            self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
-            _place_like_params(dtensors)
-        if pattern is None or not self._take(groups, pattern):
-            self._collect(groups)
-        self.devices = {device for device, *_ in self._batches}
-        if device in self.devices:
+        if (module := sys.modules.get("torch.distributed.tensor")) is not None:
+            self._find_shards(groups, module.DTensor)
+        batches = None
+        if layout is not None and self.plain:
+            batches = layout.sort(list(map(_grad, chain.from_iterable(groups))))
+        if layout is not None and batches is not None:
+            self.layout = layout
+            self._batches = list(map(_Batch, layout.kinds, *batches))
+            self.first = self._batches[0].tensors[0]
+        else:
+            self._sort(groups)
+        if device in self.layout.devices:
             self.device = device
         elif self.first is not None:
             self.device = self.first.device
         else:
             self.device = next((param.device for params in groups for param in params), _CPU)
 
-    def _take(self, groups: Sequence[Sequence[Tensor]], pattern: Pattern) -> bool:
-        """Take all gradients at once if they have this pattern; return whether they have."""
-        if not (self._has_kernel and self.plain):
-            return False
-        grads: list[Tensor] = []
-        counts = []
-        for params in groups:
-            grads += (found := [grad for param in params if (grad := param.grad) is not None])
-            counts.append(len(found))
-        if counts != pattern.counts or (addresses := pattern.layout.find(grads)) is None:
-            return False
-        self.first, self.pattern = grads[0], pattern
-        memory = kernel.Memory(pattern.layout, grads, addresses)
-        self._batches[_CPU, grads[0].dtype, (), True] = _Batch(grads, pattern.indices, pattern.sizes, memory)
-        return True
+    def _find_shards(self, groups: Sequence[Sequence[Tensor]], dtensor: Any) -> None:
+        """Find which ranks have the other shards of DTensors, if parameters are such."""
+        self._dtensor = dtensor
+        if any(issubclass(kind, dtensor) for kind in set(map(type, chain.from_iterable(groups)))):
+            self.plain = False
+            dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
+            # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
+            self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+            _place_like_params(dtensors)
 
-    def _collect(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        """Take the gradients one after the other, and find their pattern."""
+    @torch.no_grad()
+    def _sort(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Look at one gradient after the other, and find their layout."""
+        has_kernel = kernel.is_usable()
         found: dict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = {}
+        grads: list[Tensor | None] = []
+        tensors: list[Tensor] = []
         for index, params in enumerate(groups):
             for param in params:
-                if (grad := param.grad) is not None:
-                    local, address, shards = self._local(param, grad)
-                    key = (_CPU if address else local.device, local.dtype, shards, address > 0)
-                    found.setdefault(key, []).append((local, index, address))
-        for key, items in found.items():
-            tensors, indices, addresses = map(list, zip(*items, strict=True))
-            layout = kernel.Layout(tensors) if key[-1] else None
-            memory = None if layout is None else kernel.Memory(layout, tensors, addresses)
+                if param.grad is not None:
+                    tensor, shards = self._local(param)
+                    is_taken = has_kernel and kernel.takes(tensor)
+                    key = (_CPU if is_taken else tensor.device, tensor.dtype, shards, is_taken)
+                    found.setdefault(key, []).append((tensor, len(tensors), index))
+                    tensors.append(tensor)
+                grads.append(param.grad)
+        self._batches = []
+        for (device, dtype, shards, is_taken), items in found.items():
+            alike, places, indices = map(list, zip(*items, strict=True))
+            memory = kernel.Layout(alike) if is_taken else None
             sizes = Counter(indices)
-            self._batches[key] = _Batch(tensors, indices, list(sizes.values()), memory)
-            if layout is not None and self.plain and len(found) == 1:
-                counts = [sizes[index] for index in range(len(groups))]
-                self.pattern = Pattern(counts, indices, list(sizes.values()), layout)
+            kind = Kind(device, dtype, shards, memory, places, list(sizes), list(sizes.values()))
+            self._batches.append(_Batch(kind, alike, None if memory is None else memory.measure(alike)))
+        self.layout = Layout(grads, tensors, [batch.kind for batch in self._batches])
 
-    def _local(self, param: Tensor, grad: Any) -> tuple[Tensor, int, tuple[ProcessGroup, ...]]:
-        """Return this rank's memory of a gradient, its address for the kernel, and who has the other shards."""
+    def _local(self, param: Tensor) -> tuple[Tensor, tuple[ProcessGroup, ...]]:
+        """Return this rank's memory of a gradient, and who has the other shards."""
+        grad: Any = param.grad
         shards: tuple[ProcessGroup, ...] = ()
+        if _is_read_only(grad):
+            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
         local = grad
-        address = kernel.address(local) if self._has_kernel else 0
-        if not address:
-            if _is_read_only(grad):
-                param.grad = local = grad = grad.clone(memory_format=torch.contiguous_format)
-            if grad.layout is not torch.strided:
-                if grad.layout is torch.sparse_coo and not grad.is_coalesced():
-                    param.grad = grad = grad.coalesce()
-                local = grad.values()
-            elif isinstance(grad, self._dtensor):
-                local = grad = grad.to_local()
-                shards = self._shards_of[_place(param)]
-            if local.is_complex():
-                # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
-                local = torch.view_as_real(local.conj() if local.is_conj() else local)
-            address = kernel.address(local) if self._has_kernel else 0
+        if grad.layout is not torch.strided:
+            if grad.layout is torch.sparse_coo and not grad.is_coalesced():
+                param.grad = grad = grad.coalesce()
+            local = grad.values()
+        elif isinstance(grad, self._dtensor):
+            local = grad = grad.to_local()
+            shards = self._shards_of[_place(param)]
+        if local.is_complex():
+            # Scaling and measuring commute with conjugation, of which a complex tensor may hold a pending one.
+            local = torch.view_as_real(local.conj() if local.is_conj() else local)
         if self.first is None:
             self.first = grad
-        return local, address, shards
+        return local, shards
 
     @property
     def is_shared(self) -> bool:
         """Whether norms are added up over ranks."""
-        return self._process_group is not None or any(self._shards_of.values())
+        return self._process_group is not None or (not self.plain and any(self._shards_of.values()))
 
     @property
     def present(self) -> set[int]:
         """The groups that have gradients on this rank; a single group even if it has none."""
-        return {0} if self.count == 1 else {index for batch in self._batches.values() for index in batch.indices}
+        return {0} if self.count == 1 else {index for batch in self._batches for index in batch.kind.groups}
 
     @property
     def carry_graph(self) -> bool:
         """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
         if self.first is None or not self.first.requires_grad:
             return False
-        return not any(tensor._is_view() for batch in self._batches.values() for tensor in batch.tensors)
-
-    @property
-    def rounding(self) -> float:
-        """How far numbers of the coarsest dtype are apart."""
-        return max((torch.finfo(dtype).eps for _, dtype, *_ in self._batches), default=0.0)
+        return not any(tensor._is_view() for batch in self._batches for tensor in batch.tensors)
 
     def versions(self) -> int:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
             return version(self.first)
-        return sum([batch.versions() for batch in self._batches.values()])
+        return sum([batch.versions() for batch in self._batches])
 
-    def heads(self, *, reads: bool = True) -> dict[tuple[Any, ...], tuple[list[int], bytes] | list[Tensor]]:
-        """Return the bits of some elements; none if ranks have different ones, for they could not agree.
-
-        On a CPU also where the tensors are; where they are is all, unless it `reads`.
-        """
-        return {} if self.is_shared else {key: batch.heads(reads=reads) for key, batch in self._batches.items()}
+    def heads(self) -> list[int | list[Tensor]]:
+        """Return of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
+        return [] if self.is_shared else [batch.heads() for batch in self._batches]
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor | list[float]:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -210,25 +193,25 @@ class Gradients:
             least: the dtype in which norms accumulate at least.
         """
         if len(self._batches) == 1 and not self.is_shared:
-            (batch,) = self._batches.values()
+            (batch,) = self._batches
             norms = batch.norms(least)
             if len(norms) == self.count:
                 return norms
             if isinstance(norms, Tensor):
-                return self._spread(norms, batch.indices, NOT_SEEN)
-            known = dict(zip(dict.fromkeys(batch.indices), norms, strict=True))
+                return self._spread(norms, batch.kind.groups, NOT_SEEN)
+            known = dict(zip(batch.kind.groups, norms, strict=True))
             return [known.get(index, NOT_SEEN) for index in range(self.count)]
         # Of each group the square of the norm, and how many times it has gradients. Squares of float32 numbers are
         # exact in float64, and cannot overflow.
         wide = widest(self.device)
         nothing = torch.zeros((2, self.count), dtype=wide, device=self.device)
         sums = dict.fromkeys([(), *self._shards_of.values()], nothing)
-        for (_, _, shards, _), batch in sorted(self._batches.items(), key=_name):
+        for batch in sorted(self._batches, key=_name):
             squares = moved(as_tensor(batch.norms(least)), self.device, wide).square()
             found = torch.stack([squares, torch.ones_like(squares)])
             if len(squares) < self.count:
-                found = self._spread(found, batch.indices, 0.0)
-            sums[shards] = sums[shards] + found
+                found = self._spread(found, batch.kind.groups, 0.0)
+            sums[batch.kind.shards] = sums[batch.kind.shards] + found
         for group in dict.fromkeys(group for shards in sums for group in shards):
             sharded = [shards for shards in sums if group in shards]
             joint = torch.stack([sums[shards] for shards in sharded])
@@ -242,102 +225,111 @@ class Gradients:
         roots = total[0].sqrt()
         return roots if self.count == 1 else torch.where(total[1] > 0, roots, NOT_SEEN)
 
-    def _spread(self, found: Tensor, indices: list[int], fill: float) -> Tensor:
+    def _spread(self, found: Tensor, groups: list[int], fill: float) -> Tensor:
         """Return values of the groups found, shape (..., found), as values of all groups."""
-        places = moved(torch.tensor(sorted(set(indices)), device="cpu"), self.device)
+        places = moved(torch.tensor(groups, device="cpu"), self.device)
         return found.new_full((*found.shape[:-1], self.count), fill).index_copy_(-1, places, found)
 
     def scale_(self, scales: Mapping[int, float]) -> None:
-        """Multiply the gradients of each group by its scale."""
-        for batch in self._batches.values():
-            batch.scale_(scales)
+        """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
+        for batch in self._batches:
+            factors = [scales[index] for index in batch.kind.groups]
+            if set(factors) == {1.0}:
+                continue
+            sizes = batch.kind.sizes
+            each = factors * sizes[0] if len(sizes) == 1 else list(chain.from_iterable(map(repeat, factors, sizes)))
+            if batch.memory is not None:
+                batch.memory.scale_(batch.tensors, each)
+            else:
+                with torch.set_grad_enabled(self.carry_graph):
+                    batch.scale_(each)
 
     def scale_on_device_(self, scales: Tensor, *, drops: bool) -> None:
-        """Multiply the gradients of each group by its scale, which the host does not know.
+        """Do what `scale_` does with scales that the host does not know.
 
         Args:
             scales: shape (groups,), float64.
             drops: whether a scale of 0 drops the update: all gradients become zeros, whatever they were.
         """
         least = scales[0] if self.count == 1 else scales.amin()
-        for (device, dtype, *_), batch in self._batches.items():
-            tensors, indices = batch.tensors, batch.indices
-            for factors in _factors(scales, device, dtype):
-                start = 0
-                for index, same in groupby(indices):
-                    end = start + len(list(same))
-                    _multiply_(tensors[start:end], factors[index])
-                    start = end
-            if drops:
-                # A product of bits, so that NaN becomes zero.
-                bits = _BITS[dtype.itemsize]
-                keep = torch.gt(least, 0.0, out=torch.empty((), dtype=bits, device=least.device))
-                torch._foreach_mul_([tensor.view(bits) for tensor in tensors], moved(keep, device))
+        with torch.set_grad_enabled(self.carry_graph):
+            for batch in self._batches:
+                batch.scale_on_device_(scales, least if drops else None)
 
     def zero_(self) -> None:
         """Set all gradients to zero."""
-        for batch in self._batches.values():
-            torch._foreach_zero_(batch.tensors)
+        with torch.set_grad_enabled(self.carry_graph):
+            for batch in self._batches:
+                torch._foreach_zero_(batch.tensors)
 
 
 class _Batch(NamedTuple):
-    """Real, dense, local tensors of one device and dtype that share their memory with gradients."""
+    """Real, dense, local tensors of one kind that share their memory with gradients."""
 
+    kind: Kind
     tensors: list[Tensor]
-    indices: list[int]  # of their groups, ascending
-    sizes: list[int]  # how many are of each group that has any
     memory: kernel.Memory | None  # of all of them, if the kernel takes them
 
     def norms(self, least: torch.dtype) -> Tensor | list[float]:
         """Return the norm of each group that is here; as numbers, if the kernel has measured them."""
+        sizes = self.kind.sizes
         if self.memory is None:
-            return _norms_of_groups(self.tensors, self.sizes, least)
-        found = self.memory.norms()
-        if len(self.sizes) < len(found):
+            return _norms_of_groups(self.tensors, sizes, least)
+        found = self.memory.norms
+        if len(sizes) == 1:
+            found = [kernel.joint_norm(found)]
+        elif len(sizes) < len(found):
             norms = iter(found)
-            found = [kernel.joint_norm(list(islice(norms, size))) for size in self.sizes]
-        if least == self.tensors[0].dtype == torch.float32:
+            found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
+        if least == self.kind.dtype == torch.float32:
             # Where torch measures, squares overflow. A step must not depend on who does it.
             found = [inf if norm > _MOST else norm for norm in found]
         return found
 
     def versions(self) -> int:
-        """Return the sum of the versions; of many small tensors on a CPU, of some of them."""
+        """Return the sum of the versions; of small tensors on a CPU, of some of them."""
         if self.memory is not None:  # the kernel takes no inference tensors, and time counts
-            some = self.tensors[:: len(self.tensors) // 16 + 1]
-            return sum([tensor._version for tensor in some]) + self.tensors[-1]._version
+            some = self.tensors[:: len(self.tensors) // 4 + 1]
+            return sum(map(_version, [*some, self.tensors[-1]]))
         return sum(map(version, self.tensors))
 
-    def heads(self, *, reads: bool) -> tuple[list[int], bytes] | list[Tensor]:
-        """Return the bits of the first elements of the first and of the last tensor."""
+    def heads(self) -> int | list[Tensor]:
+        """Return the bits of the first elements of the first and of the last tensor; or a fingerprint of all."""
+        if self.memory is not None:
+            return self.memory.fingerprint()
         ends = (0, -1) if len(self.tensors) > 1 else (0,)
-        if self.memory is None:
-            return [_head(self.tensors[at]).contiguous().view(torch.uint8) for at in ends]
-        addresses = self.memory.addresses
-        bits = [kernel.head(self.tensors[at], addresses[at]) for at in ends] if reads else ()
-        return addresses, b"".join(bits)
+        return [head(self.tensors[at]) for at in ends]
 
-    def scale_(self, scales: Mapping[int, float]) -> None:
-        """Multiply each tensor by the scale of its group."""
-        factors = [scales[index] for index in self.indices]
-        if set(factors) == {1.0}:
-            return
-        if self.memory is not None and not torch.is_grad_enabled():  # else it is to enter the graph
-            self.memory.scale_(factors)
-        elif len(scales) == 1:
+    def scale_(self, factors: list[float]) -> None:
+        """Multiply each tensor by its factor."""
+        if len(self.kind.sizes) == 1:
             torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
         else:
             changed = [at for at, factor in enumerate(factors) if factor != 1.0]
             torch._foreach_mul_([self.tensors[at] for at in changed], [factors[at] for at in changed])
 
+    def scale_on_device_(self, scales: Tensor, least: Tensor | None) -> None:
+        """Multiply each tensor by the scale of its group; unless `least` is above 0, make it zeros."""
+        device, dtype = self.kind.device, self.kind.dtype
+        for factors in _factors(scales, device, dtype):
+            start = 0
+            for index, size in zip(self.kind.groups, self.kind.sizes, strict=True):
+                _multiply_(self.tensors[start : start + size], factors[index])
+                start += size
+        if least is not None:
+            # A product of bits, so that NaN becomes zero.
+            bits = _BITS[dtype.itemsize]
+            keep = torch.gt(least, 0.0, out=torch.empty((), dtype=bits, device=least.device))
+            torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(keep, device))
 
-def _head(tensor: Tensor) -> Tensor:
-    """Return the first elements, shape (elements,)."""
+
+def head(tensor: Tensor) -> Tensor:
+    """Return the bits of the first elements, shape (bytes,)."""
     if tensor.is_contiguous():
-        return tensor.view(-1)[:_HEAD]
+        tensor = tensor.view(-1)
     while tensor.dim() > 1:
         tensor = tensor[0]
-    return tensor[:_HEAD]
+    return tensor[:_HEAD].contiguous().view(torch.uint8)
 
 
 def version(tensor: Tensor | None) -> int:
@@ -461,6 +453,7 @@ def _norms(tensors: list[Tensor], least: torch.dtype) -> list[Tensor]:
     return [norms[at] for at in range(len(tensors))]
 
 
+@torch.no_grad()
 def _norms_of_groups(tensors: list[Tensor], sizes: list[int], least: torch.dtype) -> Tensor:
     norms = torch.stack(_norms(tensors, least))
     if len(sizes) == 1:
@@ -471,10 +464,10 @@ def _norms_of_groups(tensors: list[Tensor], sizes: list[int], least: torch.dtype
     return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
 
 
-def _name(item: tuple[tuple[Any, ...], _Batch]) -> str:
+def _name(batch: _Batch) -> str:
     # In an order that does not depend on that of the gradients, for sums do.
-    (device, dtype, _, is_taken), _ = item
-    return f"{device} {dtype} {is_taken}"
+    device, dtype, _, memory, *_ = batch.kind
+    return f"{device} {dtype} {memory is not None}"
 
 
 def _place(param: Any) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 What shaped this module, and must stay true:
 
 - The compiled kernel reads and writes memory behind torch's back. So it gets only tensors that are nothing but memory:
-  no subclass, nothing that a transform or a mode of torch watches over, no gaps.
+  no subclass, nothing that a graph, a transform or a mode of torch watches over, no gaps.
 - Torch is told of every write: autograd must see that a gradient has changed.
 - Sums are of doubles, and a norm does not depend on the order of the tensors.
 - No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
@@ -15,11 +15,12 @@ from __future__ import annotations
 import ctypes
 from array import array
 from functools import cache
-from math import gcd, hypot
-from typing import TYPE_CHECKING, Any
+from math import hypot
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from autoclip_core import BackendError, kernel_library
 
@@ -31,91 +32,82 @@ _WIDTHS = {torch.float32: 4, torch.float64: 8}
 # In elements. Torch shares out a larger tensor to threads of its own. They spin for a while after each task, and would
 # keep threads of ours from their processors.
 _MOST = 2**18
-_HEAD = 256  # bytes
 
 
-def address(tensor: Tensor) -> int:
-    """Return where the kernel finds the elements of a tensor side by side; 0 if it must leave them to torch."""
-    width = _WIDTHS.get(tensor.dtype)
-    if width is None or type(tensor) is not Tensor or not tensor.is_cpu:
-        return 0
+def is_watched() -> bool:
+    """Return whether a transform or a mode of torch may take tensors for something else than they are."""
     try:
-        # A pending sign does no harm: norms do not see it, and factors commute with it.
-        if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)):
-            return 0
-        found = tensor.data_ptr() if tensor.numel() <= _MOST else 0
-    except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
-        return 0
-    return 0 if found % width else found
-
-
-def head(tensor: Tensor, before: int) -> bytes:
-    """Return the bits of the first elements of a tensor whose `address` was known; if it has other memory now, none."""
-    if tensor.data_ptr() != before:
-        return b""
-    return ctypes.string_at(before, min(tensor.numel() * _WIDTHS[tensor.dtype], _HEAD))
+        # grad, vmap, functionalize; fake tensors, tracing, counters.
+        return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:  # torch promises neither name, and where nobody knows, it does the work itself
+        return True
 
 
 def is_usable() -> bool:
     """Return whether there is a kernel, and nothing watches over what is done to tensors."""
-    return (
-        _library() is not None
-        and torch._C._functorch.peek_interpreter_stack() is None  # grad, vmap, functionalize
-        and not torch._C._len_torch_dispatch_stack()  # fake tensors, tracing, counters
-    )
+    return _library() is not None and not is_watched()
+
+
+def takes(tensor: Tensor) -> bool:
+    """Return whether the kernel may have this tensor, of which it gets the elements side by side."""
+    width = _WIDTHS.get(tensor.dtype)
+    if width is None or type(tensor) is not Tensor or not tensor.is_cpu or tensor.requires_grad:
+        return False
+    try:
+        # A pending sign does no harm: norms do not see it, and factors commute with it.
+        if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)) or tensor.numel() > _MOST:
+            return False
+        address = tensor.data_ptr()
+    except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
+        return False
+    return address != 0 and address % width == 0
 
 
 class Layout:
-    """What the kernel must know of tensors besides their addresses. Those of the next step have the same, as a rule.
+    """What the kernel must know of tensors besides their addresses.
 
     Args:
-        tensors: of one dtype, each of which has an `address`. They are not kept.
+        tensors: of one dtype, which the kernel `takes`. They are not kept.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.width = _WIDTHS[tensors[0].dtype]
-        self.sizes = array("Q", map(Tensor.numel, tensors))
-        # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
-        # device, sparse tensors and all wrappers), dtype, device, shape and strides. It takes all tensors in one call.
-        guards = torch._C._dynamo.guards.TensorGuards
-        self._guards = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._sizes = array("Q", map(Tensor.numel, tensors))
+        # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
+        self._arguments = _begin(self._sizes), len(self._sizes), _WIDTHS[tensors[0].dtype]
 
-    def find(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Return the address of each tensor, if these are as many as before, and like them; None if they are not."""
-        if not self._guards.check(*tensors):
-            return None
+    def measure(self, tensors: Sequence[Tensor]) -> Memory | None:
+        """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
         try:
-            addresses = list(map(Tensor.data_ptr, tensors))
+            addresses = array("Q", map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
-        is_memory = all(addresses) and gcd(self.width, *addresses) == self.width
-        return addresses if is_memory else None
+        norms = array("d", [0.0]) * len(addresses)
+        arguments = _begin(addresses), *self._arguments
+        if not _library().autoclip_tensors_measure(*arguments, _begin(norms)):
+            return None
+        return Memory(norms.tolist(), arguments, (self, addresses))
 
 
-class Memory:
-    """The elements of tensors, as the kernel takes them."""
+class Memory(NamedTuple):
+    """The elements of tensors, as the kernel takes them, and their norms as they were measured."""
 
-    def __init__(self, layout: Layout, tensors: Sequence[Tensor], addresses: list[int]) -> None:
-        self._layout = layout
-        self._tensors = tensors
-        self.addresses = addresses
+    norms: list[float]
+    arguments: tuple[int, ...]
+    owners: Any  # of what the arguments point to
 
-    def norms(self) -> list[float]:
-        """Return the L2 norm of each tensor."""
-        norms = array("d", bytes(8 * len(self.addresses)))
-        self._call("autoclip_tensors_measure", norms)
-        return norms.tolist()
+    def scale_(self, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+        """Multiply the tensors whose memory this is, each by its factor."""
+        changed = tensors
+        if 1.0 in factors:
+            changed = [tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0]
+        increment_version(changed)
+        numbers = array("d", factors)
+        _library().autoclip_tensors_scale(*self.arguments, _begin(numbers))
 
-    def scale_(self, factors: Sequence[float]) -> None:
-        """Multiply each tensor by its factor."""
-        changed = [tensor for tensor, factor in zip(self._tensors, factors, strict=True) if factor != 1.0]
-        torch.autograd.graph.increment_version(changed)
-        self._call("autoclip_tensors_scale", array("d", factors))
-
-    def _call(self, name: str, numbers: array[float]) -> None:
-        """Call a function of the kernel with a number for each tensor, which it may change."""
-        addresses, sizes = array("Q", self.addresses), self._layout.sizes
-        getattr(_library(), name)(_begin(addresses), _begin(sizes), len(sizes), self._layout.width, _begin(numbers))
+    def fingerprint(self) -> int:
+        """Return a number that tells where the tensors are, and their first elements, from others."""
+        found: int = _library().autoclip_tensors_fingerprint(*self.arguments)
+        return found
 
 
 def joint_norm(norms: Sequence[float]) -> float:
@@ -124,14 +116,19 @@ def joint_norm(norms: Sequence[float]) -> float:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     try:
         library = ctypes.CDLL(kernel_library())
     except (BackendError, OSError):
         return None
-    for function in (library.autoclip_tensors_measure, library.autoclip_tensors_scale):
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
-        function.restype = None
+    for function, result in (
+        (library.autoclip_tensors_measure, ctypes.c_int),
+        (library.autoclip_tensors_scale, None),
+        (library.autoclip_tensors_fingerprint, ctypes.c_uint64),
+    ):
+        numbers = [] if result is ctypes.c_uint64 else [ctypes.c_void_p]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *numbers]
+        function.restype = result
     return library
 
 

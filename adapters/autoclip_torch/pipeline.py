@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from math import copysign, hypot, inf, isfinite
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakMethod
 
 import torch
@@ -24,26 +24,20 @@ from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import NOT_SEEN, Gradients, as_tensor, has_float64, is_capturing, moved, widest
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
+from autoclip_torch.sharing import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch.distributed import ProcessGroup
 
-    from autoclip_torch.gradients import Pattern
     from autoclip_torch.groups import Groups
+    from autoclip_torch.layout import Layout
 
 Mode = Literal["auto", "immediate", "deferred"]
 
 _SHARE_OVER = 100  # steps
 _DEFERRED_BY_ITSELF = {"cuda", "xpu"}
-
-
-class Measured(NamedTuple):
-    """Gradients and the norm of each group, shape (groups,), unscaled; as numbers if the host knows them."""
-
-    gradients: Gradients
-    norms: Tensor | list[float]
 
 
 class Pipeline:
@@ -79,6 +73,7 @@ class Pipeline:
             raise AutoClipValueError('process_group adds up one norm of all parameters, so it needs scope="global".')
         self.groups = groups
         self.repeats = Repeats()
+        self._sharing = Sharing(groups)
         self._percentile = percentile
         self._options = options
         self._mode = mode
@@ -86,7 +81,7 @@ class Pipeline:
         self._agreement = Agreement(check_ranks) if check_ranks is not False else None
         self._warned = False
         self._may_be_copies = process_group is not None
-        self._pattern: Pattern | None = None  # of the latest gradients
+        self._layout: Layout | None = None  # of the latest gradients
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -94,7 +89,11 @@ class Pipeline:
     def __getstate__(self) -> dict[str, Any]:
         # A copy waits for nothing, and its gradients are other tensors.
         self.receive(wait=True)
-        return {**self.__dict__, "_deferred": None, "_pattern": None, "repeats": Repeats()}
+        return {**self.__dict__, "_deferred": None, "_layout": None, "_sharing": None, "repeats": Repeats()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._sharing = Sharing(self.groups)
 
     def make_clip(self) -> AutoClip:
         """Return a clip for one more group."""
@@ -150,11 +149,12 @@ class Pipeline:
             self.refuse_parts(self.groups.params)
             clips = self.clips
             origins = self.groups.origins
+            self._layout = None
             self._clips = {name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name}
             self._deferred = None
 
-    def measure(self, grad_scale: Tensor | None = None) -> Measured:
-        """Return the gradients as they are now, and their norms.
+    def measure(self, grad_scale: Tensor | None = None) -> tuple[Gradients, Tensor | list[float]]:
+        """Return the gradients as they are now, and the norm of each group; as numbers if the host knows them.
 
         Args:
             grad_scale: how many times too large they are, as a GradScaler tells fused optimizers.
@@ -169,18 +169,19 @@ class Pipeline:
                 "norm for that of all; make the step after backward(), or give each tensor an optimizer of its own."
             )
         self.refresh()
-        self.receive()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
         device = self._deferred.device if self._deferred is not None else None
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._pattern)
-        self._pattern = gradients.pattern
-        if is_capturing(gradients.device):
+        self._sharing.look()
+        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
+        self._layout = gradients.layout
+        if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
                 "capture the forward and backward pass only, and step after each replay."
             )
+        self.receive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if gradients.first is None and not gradients.is_shared and not self._warned:
             self._warned = True
             warnings.warn(
@@ -195,7 +196,7 @@ class Pipeline:
             norms = norms / moved(grad_scale, norms.device)
         if self._may_be_copies:
             self._suspect_copies(gradients)
-        return Measured(gradients, norms)
+        return gradients, norms
 
     def _suspect_copies(self, gradients: Gradients) -> None:
         """Warn if every rank of the process group has the same norm, in the first step in which there is one."""
@@ -213,25 +214,28 @@ class Pipeline:
                 stacklevel=4,
             )
 
-    def decide(self, measured: Measured, found_inf: Tensor | None = None) -> dict[int, ClipStep] | DeviceStep:
+    def decide(
+        self, gradients: Gradients, norms: Tensor | list[float], found_inf: Tensor | None = None
+    ) -> dict[int, ClipStep] | DeviceStep:
         """Decide for each group that has gradients.
 
         Args:
-            measured: the gradients; on every rank, whatever it decides, because norms are added up over ranks.
+            gradients: measured; on every rank, whatever it decides, because norms are added up over ranks.
+            norms: of the groups, shape (groups,).
             found_inf: a GradScaler's verdict; after an overflow the step is not seen.
 
         Returns:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
-        gradients, norms = measured
         self.agree(norms)
-        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_on(gradients)):
+        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients)):
             return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
             return {}
-        clips = list(self.clips.values())  # all norms are known: a model may have left its device
+        self.receive(wait=True)  # all norms are known: a model may have left its device
         found = _found(_numbers(norms))
         if self.repeats.has(gradients, found):
+            clips = list(self._clips.values())
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
         return self.observe(found)
 
@@ -246,12 +250,15 @@ class Pipeline:
             self._agreement.check(_numbers(norms), thresholds, as_tensor(norms).device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        """Change the gradients as decided; where they carry a graph, the scale is a constant of it."""
-        if gradients.carry_graph:
-            with torch.enable_grad():
-                self._apply(gradients, steps)
+        """Change the gradients as decided."""
+        if isinstance(steps, DeviceStep):
+            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
+            return
+        scales = {index: step.scale for index, step in steps.items()}
+        if 0.0 in scales.values():
+            gradients.zero_()
         else:
-            self._apply(gradients, steps)
+            gradients.scale_(scales)
 
     def leave(
         self,
@@ -261,7 +268,7 @@ class Pipeline:
         may_keep_nonfinite: bool = False,
         exactly: bool = True,
     ) -> None:
-        """Remember the gradients as they are left, so as to know them again; `repeats.touch` them at the end.
+        """Remember the gradients as they are left, so as to know them again; `touch` them at the end.
 
         Args:
             gradients: measured before.
@@ -272,13 +279,10 @@ class Pipeline:
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
         self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
 
-    def _apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
-        if isinstance(steps, DeviceStep):
-            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
-        elif is_dropped(steps):
-            gradients.zero_()
-        else:
-            gradients.scale_({index: step.scale for index, step in steps.items()})
+    def touch(self, gradients: Gradients) -> None:
+        """Take gradients as they are for ours, when nobody writes to them any more in this step."""
+        self.repeats.touch(gradients)
+        self._sharing.mark(self.latest)
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
@@ -347,7 +351,7 @@ def _is_trained(param: Tensor) -> bool:
 
 def is_dropped(steps: dict[int, ClipStep]) -> bool:
     """Return whether the update must not be made: one group without a finite norm spoils it."""
-    return any(step.scale == 0.0 for step in steps.values())
+    return 0.0 in [step.scale for step in steps.values()]
 
 
 def _numbers(norms: Tensor | list[float]) -> list[float]:
@@ -359,9 +363,10 @@ def _found(norms: list[float]) -> dict[int, float]:
     return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
 
 
-def _is_deferred_on(gradients: Gradients) -> bool:
+def _is_deferred_for(gradients: Gradients) -> bool:
     """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
-    for device in gradients.devices or {gradients.device}:
-        if device.type not in _DEFERRED_BY_ITSELF or not has_float64(device):
-            return False
-    return True
+    return all(map(_is_deferred_on, gradients.layout.devices or {gradients.device}))
+
+
+def _is_deferred_on(device: torch.device) -> bool:
+    return device.type in _DEFERRED_BY_ITSELF and has_float64(device)

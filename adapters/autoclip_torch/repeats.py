@@ -7,9 +7,8 @@ same only if all of this is so:
 - The first one carries our mark. A reference would keep the gradient alive, and a weak one would forbid torch to swap
   it when a module is converted.
 - Nobody has written to one of them, as far as their versions tell.
-- Some of their elements have the bits with which they were left. On a CPU, where the kernel does a step of small
-  gradients in the time of a few calls of torch, they are read from the first time on that gradients look like old ones;
-  and before, until some were known to be new.
+- Some of their elements have the bits with which they were left: the first ones of every gradient where the kernel
+  does the work, else of the first and the last.
 - Each group has the norm with which it was left: to the last bit where nobody has scaled it, else but for the rounding
   of its elements.
 
@@ -20,24 +19,25 @@ because all ranks must come to the same answer.
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, starmap, zip_longest
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from autoclip_core import ClipStep
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.gradients import moved, version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from autoclip_core import ClipStep
     from autoclip_torch.gradients import Gradients
 
-_Sample = tuple[list[int], bytes] | Tensor  # of the gradients of one device and dtype (see Gradients.heads)
+_Sample = int | Tensor  # of the gradients of one batch (see Gradients.heads)
 
+_ZEROS = ClipStep(0.0, 0.0, 0.0, clipped=False, recorded=False)  # what a dropped step leaves
 _MARK = "_autoclip_mark"
 _marks = count()
 
@@ -45,19 +45,16 @@ _marks = count()
 class Repeats:
     """The gradients that the latest step left."""
 
-    # Norm and scale of each group, by its index, or shape (2, groups); until `touch` has copied those of a device, the
-    # step itself. None: whatever comes is new.
-    _left: dict[int, tuple[float, float]] | DeviceStep | Tensor | None = None
+    # The step of each group, by its index; or, of a device, norms and scales, shape (2, groups), and until `touch` has
+    # copied them, the step itself. None: whatever comes is new.
+    _left: Mapping[int, ClipStep] | DeviceStep | Tensor | None = None
     # Whether the gradients at hand are those; on a device, with the norms and tolerances that they were left with.
     _same: bool | tuple[Tensor, Tensor, Tensor] = False
     _before: tuple[Tensor, Tensor, Tensor] | None = None  # the same of the latest step
     _mark: int | None = None  # of the first gradient of this rank, if there is one
     _version = 0  # of it, when it was left
     _versions = 0  # of all, after the step
-    _samples: Mapping[Any, _Sample] = {}
-    # Whether elements are read. At first they are, and not where each step finds gradients that torch knows to be new.
-    _reads: bool | None = None
-    _could_read: bool | None = None  # the same of the latest step
+    _samples: Sequence[_Sample] = ()
     _is_exact = True  # whether a norm that AutoClip did not scale is what was measured
     _are_zeros = True
 
@@ -80,35 +77,36 @@ class Repeats:
             self._left = steps
             self._before = same or None
             self._are_zeros = not may_keep_nonfinite  # all of them, if one is dropped
-        elif any(step.scale == 0.0 for step in steps.values()):
-            self._left = dict.fromkeys(steps, (0.0, 0.0))
         else:
-            self._left = {index: (step.norm, step.scale) for index, step in steps.items()}
+            is_dropped = 0.0 in [step.scale for step in steps.values()]
+            self._left = dict.fromkeys(steps, _ZEROS) if is_dropped else steps
 
     def touch(self, gradients: Gradients) -> None:
         """Take for ours what was written since: fused optimizers write the gradients that they have scaled."""
         self._versions = gradients.versions()
         self._is_exact = self._is_exact and version(gradients.first) == self._version
         if isinstance(self._left, DeviceStep):
-            self._samples, self._left = _copy(gradients, [self._left.norm, self._left.scale], reads=self._reads)
+            self._samples, self._left = _copy(gradients, [self._left.norm, self._left.scale])
         else:
-            self._samples, _ = _copy(gradients, reads=self._reads)
+            self._samples, _ = _copy(gradients)
 
     def forget(self) -> None:
         """Take whatever comes for new."""
         self._left = self._before = None
-        self._same, self._samples = False, {}
+        self._same, self._samples = False, ()
 
     def has(self, gradients: Gradients, norms: dict[int, float]) -> bool:
         """Return whether the gradients, which have these norms, are those that were left."""
         left = self._left
         self._same = False
-        if not isinstance(left, dict) or not self._is_untouched(gradients) or norms.keys() != left.keys():
+        if not isinstance(left, dict) or norms.keys() != left.keys():
             return False
         rounding = _rounding_of(gradients)
         unscaled = 0.0 if self._is_exact else rounding
-        near = all(_is_near(norm, *left[index], unscaled, rounding) for index, norm in norms.items())
-        self._same = near and all(_is_equal(*pair) for pair in self._pairs(gradients))
+        for index, norm in norms.items():  # first, for it tells nearly all that are new
+            if not _is_near(norm, left[index], unscaled, rounding):
+                return False
+        self._same = self._is_untouched(gradients) and all(starmap(_is_equal, self._pairs(gradients)))
         return self._same
 
     def has_on_device(self, gradients: Gradients, norms: Tensor) -> Tensor | None:
@@ -129,9 +127,9 @@ class Repeats:
         near = (norms - left).abs() <= tolerance * norms.abs()
         same: Tensor = (near | ~(norms.isfinite() | left.isfinite())).all()
         for old, new in self._pairs(gradients):
-            if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and _is_comparable(old, new):
                 same = same & moved((old == new).all(), same.device)
-            elif isinstance(old, Tensor) or isinstance(new, Tensor) or old != new:
+            elif not _is_equal(old, new):
                 return None
         self._same = same, left, tolerance
         return same
@@ -139,49 +137,49 @@ class Repeats:
     def _is_untouched(self, gradients: Gradients) -> bool:
         """Return whether nobody has written to the gradients of this rank, be it none, as far as torch knows."""
         mark = None if gradients.first is None else getattr(gradients.first, _MARK, -1)
-        found = mark == self._mark and gradients.versions() == self._versions
-        self._could_read, self._reads = self._reads, found or bool(self._reads)
-        return found
+        return mark == self._mark and gradients.versions() == self._versions
 
     def _pairs(self, gradients: Gradients) -> Iterable[tuple[_Sample | None, _Sample | None]]:
-        """Yield some elements as they were left, and as they are."""
-        now, _ = _copy(gradients, reads=self._could_read)
-        return ((self._samples.get(key), now.get(key)) for key in self._samples.keys() | now.keys())
+        """Yield the samples of each batch, as it was left and as it is."""
+        return zip_longest(self._samples, _copy(gradients)[0])
 
 
-def _copy(
-    gradients: Gradients, numbers: Sequence[Tensor] = (), *, reads: bool | None
-) -> tuple[dict[tuple[Any, ...], _Sample], Tensor | None]:
+def _copy(gradients: Gradients, numbers: Sequence[Tensor] = ()) -> tuple[list[_Sample], Tensor | None]:
     """Return some elements, and copies of numbers, stacked: a caller may change what a step returns."""
-    samples: dict[tuple[Any, ...], _Sample] = {}
+    samples: list[_Sample] = []
     copied = None
     bits = [number.view(torch.uint8) for number in numbers]
-    for key, heads in gradients.heads(reads=reads is not False).items():
-        if isinstance(heads, tuple):
-            samples[key] = heads
+    for heads in gradients.heads():
+        if isinstance(heads, int):
+            samples.append(heads)
         elif copied is None and numbers and numbers[0].device == heads[0].device:
             # In one launch.
             size = sum(map(Tensor.numel, bits))
             both = torch.cat([*bits, *heads])
-            samples[key], copied = both[size:], both[:size].view(numbers[0].dtype).view(len(numbers), -1)
+            samples.append(both[size:])
+            copied = both[:size].view(numbers[0].dtype).view(len(numbers), -1)
         else:
-            samples[key] = torch.cat(heads)
+            samples.append(torch.cat(heads))
     return samples, torch.stack([*numbers]) if numbers and copied is None else copied
 
 
 def _rounding_of(gradients: Gradients) -> float:
     """Return by what part of it scaling may change a norm, beside the scale."""
-    return max(1e-5, gradients.rounding / 2)
+    return max(1e-5, gradients.layout.rounding / 2)
 
 
-def _is_near(norm: float, before: float, scale: float, unscaled: float, rounding: float) -> bool:
-    left = before * scale
+def _is_near(norm: float, step: ClipStep, unscaled: float, rounding: float) -> bool:
+    left = step.norm * step.scale
     if not isfinite(norm):
         return not isfinite(left)
-    return abs(norm - left) <= (unscaled if scale == 1.0 else rounding) * norm
+    return abs(norm - left) <= (unscaled if step.scale == 1.0 else rounding) * norm
 
 
-def _is_equal(left: _Sample | None, now: _Sample | None) -> bool:
-    if isinstance(left, Tensor) and isinstance(now, Tensor):
-        return torch.equal(left, now)
-    return left == now
+def _is_equal(old: _Sample | None, new: _Sample | None) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return _is_comparable(old, new) and torch.equal(old, new)
+    return not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new
+
+
+def _is_comparable(old: Tensor, new: Tensor) -> bool:
+    return old.device == new.device and old.shape == new.shape

@@ -219,7 +219,16 @@ VARIANTS: dict[str, Callable[[Size], Clipper]] = {
     "p from 90 to 10": partial(Percentile, percentile=90.0, until=10.0),
     "p from 10 to 90": partial(Percentile, percentile=10.0, until=90.0),
 }
-MAKERS |= VARIANTS
+# For tasks of thousands of steps alone: elsewhere they are the whole history.
+LONG: dict[str, Callable[[Size], Clipper]] = {
+    f"p = {percentile:g}, window {window}": partial(Percentile, percentile=percentile, window=window)
+    for percentile in (10.0, 90.0)
+    for window in (1000, 3000)
+}
+EVERYWHERE = {*MAKERS, *VARIANTS}
+MAKERS |= VARIANTS | LONG
+_windows = ("", *(f", window {size}" for size in (300, 1000, 3000)))
+DRIFTING = (NONE, *(f"p = {percentile}{window}" for percentile in (10, 90) for window in _windows))
 
 # The first of all that is trained: the picture needs no more.
 FIRST = (NONE, *map(fixed_name, THRESHOLDS), *map(percentile_name, (10.0, 50.0, 90.0)))

@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.common import QUICK_NOTE, Options, facts_table, machine_facts, shown, table
-from bench.regret.clippers import MAKERS, NONE, OTHERS, PERCENTILES, THRESHOLDS, VARIANTS, fixed_name, percentile_name
-from bench.regret.study import OPTIMIZERS, Results
-from bench.regret.tasks import CLEAN, SPOILED, TWINS, Task
+from bench.regret.clippers import (
+    DRIFTING,
+    LONG,
+    MAKERS,
+    NONE,
+    OTHERS,
+    PERCENTILES,
+    THRESHOLDS,
+    VARIANTS,
+    fixed_name,
+    percentile_name,
+)
+from bench.regret.study import OPTIMIZERS, Cell, Results
+from bench.regret.tasks import CLEAN, DRIFTS, SPOILED, TWINS, Task
 
 RUINED = 0.5
 DRAWN = (10.0, 50.0, 90.0)
@@ -29,12 +40,17 @@ in this task, 100 for a network that learned nothing or diverged. With **the rat
 learning rate that is best *without clipping* on clean batches; nothing is tuned for it. With **its own rate** each runs
 with the one that is best for it. Rates are chosen by validation rows, the figures are of test rows.
 
-{cells:,} of {all_cells:,} trainings are in `regret.csv`: {seeds}. `python -m bench regret` goes on with the others.
-With one seed, differences of a few per cent say nothing."""
+{cells:,} of {all_cells:,} trainings are in `regret.csv`: {seeds}. {rest}Differences
+of a few per cent say little: that is what the seeds alone do."""
 SHORT = f"""\
 Progress lost, %: mean / worst over the tasks. *Ruined*: they lose more than {RUINED:.0%} with the rate one has."""
 OPEN = """\
 Variants of AutoClip. The library has the windows and the scope per tensor; the others exist in this study only."""
+RATES = """\
+The best rate of each setting, as a multiple of the best without clipping."""
+DRIFT = """\
+Tasks of 6,000 steps whose norms fall or rise a hundred times, with windows of up to half of them. *Clipped*: the share
+of the steps, with the rate one has; without drift it is 100 - p. Seeds: {seeds}."""
 SCALES = """\
 Norms without clipping, with the rate one has; and the fixed decade that loses least with that rate."""
 
@@ -49,15 +65,18 @@ class Lost(NamedTuple):
 Table = dict[str, dict[str, Lost]]  # task, clipper
 
 
-def means(results: Results, task: str) -> dict[str, dict[float, tuple[float, float]]]:
-    """Validation and test losses by clipper and rate: means over seeds, none above the trivial loss.
-
-    Nothing is taken of a seed that has only a part of the trainings: clippers are compared over the same seeds.
-    """
-    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+def complete_seeds(results: Results, task: str) -> set[int]:
+    """Nothing is taken of a seed that has only a part of the trainings: clippers are compared over the same seeds."""
     trained = Counter(cell.seed for cell in results if cell.task == task)
+    return {seed for seed, count in trained.items() if count == max(trained.values())}
+
+
+def means(results: Results, task: str) -> dict[str, dict[float, tuple[float, float]]]:
+    """Validation and test losses by clipper and rate: means over seeds, none above the trivial loss."""
+    found: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    seeds = complete_seeds(results, task)
     for cell, result in results.items():
-        if cell.task == task and trained[cell.seed] == max(trained.values()):
+        if cell.task == task and cell.seed in seeds:
             losses = (min(result.validation, result.trivial), min(result.test, result.trivial))
             found[cell.clipper][cell.rate].append(losses)
     return {
@@ -130,6 +149,35 @@ def summary(lost: Table, clippers: Iterable[str], groups: dict[str, Sequence[Tas
         rows.append(row)
     header = [f"{group}, {kind}" for group in groups for kind in ("the rate one has", "its own rate")]
     return table(["", *header, *["ruined"] * ruined], rows)
+
+
+def own_rates(results: Results, clippers: Iterable[str], tasks: Sequence[Task]) -> str:
+    """The rate that is best for each setting, beside the one that is best without clipping."""
+    found = {task: (rate_without_clipping(results, task), means(results, task.name)) for task in tasks}
+    rows = [
+        [
+            clipper,
+            *(shown(best_rate(m[clipper]) / rate, 1) if rate and clipper in m else "-" for rate, m in found.values()),
+        ]
+        for clipper in clippers
+    ]
+    return table(["", *(task.name for task in tasks)], rows)
+
+
+def drifts(results: Results, lost: Table) -> str:
+    """Windows where norms drift: what is lost, and how many of the steps are clipped."""
+    rows = []
+    for clipper in DRIFTING:
+        row = [clipper]
+        for task in DRIFTS:
+            rate = rate_without_clipping(results, task)
+            cells = (Cell(task.name, clipper, rate, seed) for seed in complete_seeds(results, task.name))
+            shares = [results[cell].clipped for cell in cells if cell in results]
+            row += [percent(of(lost, [task], clipper, kind)[0]) for kind in Lost._fields]
+            row.append(percent(statistics.fmean(shares) if shares else None))
+        rows.append(row)
+    kinds = ("the rate one has", "its own rate", "clipped, %")
+    return table(["", *(f"{task.name}, {kind}" for task in DRIFTS for kind in kinds)], rows)
 
 
 def norms(results: Results, lost: Table, tasks: Iterable[Task]) -> str:
@@ -212,10 +260,10 @@ def draw(lost: Table, tasks: Sequence[Task], kind: str, path: Path) -> None:
 
 def make_report(results: Results, all_cells: int, options: Options) -> list[Path]:
     tasks = CLEAN + SPOILED
-    lost = {task.name: lost_in(results, task) for task in tasks}
+    lost = {task.name: lost_in(results, task) for task in tasks + DRIFTS}
     batches = {"clean batches": CLEAN, "bad batches": SPOILED}
     optimizers = {name: [task for task in CLEAN if task.optimizer == name] for name in OPTIMIZERS}
-    own = [clipper for clipper in MAKERS if clipper not in {*OTHERS, *VARIANTS}]
+    own = [clipper for clipper in MAKERS if clipper not in {*OTHERS, *VARIANTS, *LONG}]
     ends = [NONE, percentile_name(10.0), percentile_name(90.0)]
     by_seed = Counter(cell.seed for cell in results)
     opening = OPENING.format(
@@ -223,6 +271,7 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
         cells=len(results),
         all_cells=all_cells,
         seeds=", ".join(f"{count:,} with seed {seed}" for seed, count in sorted(by_seed.items())),
+        rest="" if len(results) == all_cells else "`python -m bench regret` goes on with the others. ",
     )
     page = ["# Does it help?", opening, *([QUICK_NOTE] if options.quick else [])]
     page += [
@@ -235,11 +284,17 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
         summary(lost, own, batches),
         "### By optimizer, clean batches",
         summary(lost, [NONE, *map(percentile_name, PERCENTILES)], optimizers, ruined=False),
+        "### Its own rate",
+        RATES,
+        own_rates(results, [fixed_name(1.0), *map(percentile_name, PERCENTILES)], tasks),
         "### Others, as their authors publish them",
         summary(lost, [*ends, *OTHERS], batches),
         "### What the paper leaves open",
         OPEN,
         summary(lost, [*ends, *VARIANTS], batches),
+        "### Norms that drift",
+        DRIFT.format(seeds=min(len(complete_seeds(results, task.name)) for task in DRIFTS)),
+        drifts(results, lost),
         "## The scales",
         SCALES,
         norms(results, lost, tasks),
@@ -248,7 +303,7 @@ def make_report(results: Results, all_cells: int, options: Options) -> list[Path
     for title, group in (("Clean batches", CLEAN), ("Bad batches", SPOILED)):
         for words, kind in (("the rate one has", "same_rate"), ("its own rate", "own_rate")):
             header = ["", *(task.name for task in group), "mean", "worst"]
-            page += [f"### {title}, {words}", table(header, rows_of(lost, MAKERS, group, kind))]
+            page += [f"### {title}, {words}", table(header, rows_of(lost, [*own, *OTHERS, *VARIANTS], group, kind))]
     page.append(facts_table(machine_facts(("torch", "scikit-learn"))))
     written = [options.output / name for name in ("regret.md", "regret.png", "own_rate.png")]
     written[0].write_text("\n\n".join(page) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from bench.common import replace, say
-from bench.regret.clippers import FIRST, MAKERS, NONE, Size
+from bench.regret.clippers import EVERYWHERE, FIRST, MAKERS, Size
 from bench.regret.tasks import Batch, Problem, Task
 
 MOMENTUM = 0.9
@@ -155,7 +155,7 @@ def write(path: Path, results: Results) -> None:
 
 def cells_of(task: Task, clippers: Iterable[str], seed: int, mantissas: Sequence[int] = (1, 3)) -> list[Cell]:
     """At every learning rate of the task's optimizer: half decades, or whole ones by a single mantissa."""
-    chosen = (NONE,) if task.twin_of else clippers
+    chosen = [clipper for clipper in clippers if clipper in (task.only or EVERYWHERE)]
     rates = [float(f"{mantissa}e{decade}") for decade in DECADES[task.optimizer] for mantissa in mantissas]
     return [Cell(task.name, clipper, rate, seed) for clipper in chosen for rate in rates]
 

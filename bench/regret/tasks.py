@@ -21,6 +21,8 @@ from sklearn.datasets import load_diabetes, load_digits, make_friedman1
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.regret.clippers import DRIFTING, NONE
+
 BATCH = 32
 LETTERS, LENGTH, LINES = 64, 16, 8  # of the text: its alphabet, and the shape of a batch
 LATENT = 6
@@ -28,7 +30,7 @@ LATENT = 6
 
 class Batch(NamedTuple):
     inputs: tuple[Tensor, ...]
-    targets: Tensor
+    targets: Tensor | tuple[Tensor, Tensor]  # with a factor for the loss
 
 
 class Problem(NamedTuple):
@@ -53,6 +55,7 @@ class Task:
     make: Callable[[int, float], Problem]
     spoiled: float = 0.0  # the share of the batches
     twin_of: str = ""  # for the clean twin of a task with spoiled batches: it chooses their rate, and has no column
+    only: tuple[str, ...] = ()  # the clippers that are tried, where not all of them are
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -307,6 +310,33 @@ def written(network: Callable[[], nn.Module]) -> Callable[[int, float], Problem]
     return make
 
 
+# --- Drift ------------------------------------------------------------------------------------------------------------
+
+
+def drifting(make: Callable[[int, float], Problem], times: float, steps: int) -> Callable[[int, float], Problem]:
+    """The same task with a loss that is multiplied by a factor, from 1 at the first step to `times` at the last."""
+
+    def made(seed: int, spoiled: float) -> Problem:
+        problem = make(seed, spoiled)
+
+        def weighed(batch: Batch, factor: float) -> Batch:
+            return batch._replace(targets=(batch.targets, torch.tensor(factor)))
+
+        def loss(said: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+            own, factor = targets
+            return factor * problem.loss(said, own)
+
+        batches = (weighed(batch, times ** (step / steps)) for step, batch in enumerate(problem.batches))
+        return problem._replace(
+            loss=loss,
+            batches=batches,
+            validation=weighed(problem.validation, 1.0),
+            test=weighed(problem.test, 1.0),
+        )
+
+    return made
+
+
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 _rows = (2000, 3000)
@@ -341,7 +371,21 @@ SPOILED = (
     Task("pixels, VAE, Adam", "autoencoder; 1 batch in 200: pixels x 16", "Adam", 600, autoencoded, 0.005),
 )
 TWINS = tuple(
-    Task(f"{task.name}, clean", task.about, task.optimizer, task.steps, task.make, 0.0, task.name) for task in SPOILED
+    Task(f"{task.name}, clean", task.about, task.optimizer, task.steps, task.make, 0.0, task.name, (NONE,))
+    for task in SPOILED
+)
+_tails, _long = table(friedman, "heavy", _rows), 6000
+DRIFTS = (
+    Task(
+        "falling, Adam",
+        "regression, Student's t noise, the loss times 1 to 0.01",
+        "Adam",
+        _long,
+        drifting(_tails, 0.01, _long),
+        only=DRIFTING,
+    ),
+    Task("rising, Adam", "the same, times 1 to 100", "Adam", _long, drifting(_tails, 100.0, _long), only=DRIFTING),
+    Task("falling, SGD", "digits, until all are learned", "SGD", _long, labelled(0.0), only=DRIFTING),
 )
 CLEAN = TABLES + TEXTS
-TASKS = TABLES + SPOILED + TWINS + TEXTS  # the longest last
+TASKS = TABLES + SPOILED + TWINS + TEXTS + DRIFTS  # the longest last

@@ -10,11 +10,12 @@ from pathlib import Path
 from bench import ROOT
 from bench.common import commit, say
 from bench.separation.corpora import CorpusError
+from bench.separation.curves import make_curves
 from bench.separation.dynamics import make_dynamics
 from bench.separation.losses import LOSSES
 from bench.separation.networks import SIZES
-from bench.separation.plots import draw_dynamics, draw_table
-from bench.separation.table import AUTOCLIP, PERCENTILES, TableError, make_table, measure
+from bench.separation.plots import draw_curves, draw_dynamics, draw_table
+from bench.separation.table import AUTOCLIP, NEVER, PERCENTILES, TableError, make_table, measure
 from bench.separation.train import Settings, Training
 
 SHAPES = "layers x units: " + ", ".join(f"{name} {layers} x {units}" for name, (layers, units) in SIZES.items())
@@ -54,6 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--output", **output)
     jobs = argparse.ArgumentParser(add_help=False)
     jobs.add_argument("--jobs", type=positive(int), default=1, help="networks to train at a time, a process each")
+    grid = argparse.ArgumentParser(add_help=False)
+    grid.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    grid.add_argument("--seeds", type=positive(int), default=1, help="how many, from 0 on")
     one_loss = argparse.ArgumentParser(add_help=False)
     one_loss.add_argument("--loss", choices=LOSSES, default="mi")
     one_loss.add_argument("--seed", type=int, default=0)
@@ -61,16 +65,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.separation", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, function, parents, words in (
-        ("table", run_table, [common, jobs], "Table 1: losses x percentiles x seeds; goes on where it was interrupted"),
+        (
+            "table",
+            run_table,
+            [common, jobs, grid],
+            "Table 1: losses x percentiles x seeds; goes on where it was interrupted",
+        ),
+        ("curves", run_curves, [common, jobs, grid], "with and without, along the way; goes on with missing networks"),
         ("dynamics", run_dynamics, [common, jobs, one_loss], "Fig. 1: step size, loss, norms and smoothness"),
         ("one", run_one, [common, one_loss], "one network, with its norms for `autoclip replay`"),
     ):
         made = commands.add_parser(command, parents=parents, help=words)
         made.set_defaults(function=function)
         if command == "table":
-            made.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
             made.add_argument("--percentiles", nargs="+", type=percentile, default=list(PERCENTILES))
-            made.add_argument("--seeds", type=positive(int), default=1, help="how many, from 0 on")
+        if command == "curves":
+            made.add_argument("--every", type=positive(int), default=1, help="epochs from point to point")
         if command == "one":
             made.add_argument("--percentile", type=percentile, default=AUTOCLIP)
     return parser.parse_args(arguments)
@@ -80,6 +90,13 @@ def run_table(options: argparse.Namespace, settings: Settings) -> list[Path]:
     cells = make_table(settings, options.losses, options.percentiles, options.seeds, options.jobs, options.output)
     draw_table(cells, options.output / "separation.png")
     return [options.output / f"separation.{ending}" for ending in ("csv", "md", "png")]
+
+
+def run_curves(options: argparse.Namespace, settings: Settings) -> list[Path]:
+    several = options.losses, (AUTOCLIP, NEVER), options.seeds
+    points = make_curves(settings, *several, options.every, options.jobs, options.output)
+    draw_curves(points, options.output / "separation_curves.png")
+    return [options.output / f"separation_curves.{ending}" for ending in ("csv", "md", "png")]
 
 
 def run_dynamics(options: argparse.Namespace, settings: Settings) -> list[Path]:
@@ -118,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, CorpusError, TableError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on with the missing cells" if options.command == "table" else ""
+        resumes = options.command in {"table", "curves"}
+        goes_on = "; the same command goes on with what is missing" if resumes else ""
         raise SystemExit(f"interrupted{goes_on}") from None
 
 

@@ -46,6 +46,7 @@ def separate(network: Network, mixture: Tensor) -> Tensor:
 
 def evaluate(network: Network, mixtures: Sequence[Waves], device: str) -> float:
     """The mean SI-SDR over all sources of all mixtures, each in the better order of the two estimates, in dB."""
+    was_training = network.training
     network.eval()
     ratios = []
     for sources in (mixtures[index] for index in range(len(mixtures))):
@@ -60,6 +61,7 @@ def evaluate(network: Network, mixtures: Sequence[Waves], device: str) -> float:
                 for order in permutations(range(SOURCES))
             )
         )
+    network.train(was_training)
     if len(ratios) < len(mixtures):
         say(f"{len(mixtures) - len(ratios)} mixtures with a silent source are not evaluated")
     return float(np.mean(ratios))

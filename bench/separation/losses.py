@@ -50,6 +50,11 @@ def _grams(outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
     return gram[:, :EMBEDDING, :EMBEDDING], gram[:, :EMBEDDING, EMBEDDING:], gram[:, EMBEDDING:, EMBEDDING:]
 
 
+def _reordered(sources: Tensor, order: list[int]) -> Tensor:
+    """The same as `sources[:, order]`, for which the host would have to wait for a GPU."""
+    return torch.stack([sources[:, source] for source in order], 1)
+
+
 def _best_permutation(compare: Callable[[list[int]], Tensor]) -> Tensor:
     """The mean over the batch of each example's smallest loss; `compare` gives those of one order of the sources."""
     losses = [compare(list(order)) for order in permutations(range(SOURCES))]
@@ -87,7 +92,7 @@ def mask_inference(outputs: Outputs, targets: Targets) -> Tensor:
     aligned = (targets.sources * phase.conj()).real  # |S| cos(theta_X - theta_S)
     wanted = torch.minimum(aligned.clamp(min=0.0), magnitude)
     estimate = outputs.masks * magnitude
-    return _best_permutation(lambda order: (estimate - wanted[:, order]).abs().mean((1, 2, 3)))
+    return _best_permutation(lambda order: (estimate - _reordered(wanted, order)).abs().mean((1, 2, 3)))
 
 
 def chimera(outputs: Outputs, targets: Targets) -> Tensor:
@@ -106,8 +111,8 @@ def negative_snr(outputs: Outputs, targets: Targets) -> Tensor:
     power = waves.square().sum(2) + TINY
 
     def compare(order: list[int]) -> Tensor:
-        error = (waves[:, order] - estimate).square().sum(2) + TINY
-        return -10.0 * torch.log10(power[:, order] / error).mean(1)
+        error = (_reordered(waves, order) - estimate).square().sum(2) + TINY
+        return -10.0 * torch.log10(_reordered(power, order) / error).mean(1)
 
     return _best_permutation(compare)
 

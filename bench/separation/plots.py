@@ -1,4 +1,4 @@
-"""The pictures: Table 1 as a heat map beside the paper's, and the four panels of Fig. 1."""
+"""The pictures: Table 1 as a heat map beside the paper's, learning curves, and the four panels of Fig. 1."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -8,6 +8,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
+from bench.separation.curves import Point, by_step
 from bench.separation.dynamics import Run
 from bench.separation.losses import LOSSES
 from bench.separation.table import AUTOCLIP, NEVER, PAPER, PERCENTILES, Cell
@@ -43,6 +44,33 @@ def draw_table(cells: Sequence[Cell], path: Path) -> None:
         panel.set_xlabel("loss")
     panels[0].set_ylabel("percentile p")
     figure.colorbar(image, ax=panels, label="dB above no clipping (p = 100)", extend="both")
+    figure.savefig(path, dpi=150)
+
+
+def draw_curves(points: Sequence[Point], path: Path) -> None:
+    """SI-SDR above and the training loss below, over the steps, a column per loss; bands reach from seed to seed."""
+    losses = [loss for loss in LOSSES if any(point.loss == loss for point in points)]
+    figure = Figure(figsize=(1.5 + 4.0 * len(losses), 6.0), layout="constrained")
+    panels = figure.subplots(2, len(losses), sharex=True, squeeze=False)
+    for column, loss in enumerate(losses):
+        for percentile in (NEVER, AUTOCLIP):
+            for panel, name in zip(panels[:, column], ("si_sdr", "train_loss"), strict=True):
+                curve = by_step(points, loss, percentile, name)
+                seeds = [[*values.values()] for values in curve.values()]
+                means, lowest, highest = ([*map(of, seeds)] for of in (fmean, min, max))
+                panel.plot([*curve], means, color=COLOURS[percentile], marker=".", label=NAMES[percentile])
+                panel.fill_between([*curve], lowest, highest, color=COLOURS[percentile], alpha=0.2, linewidth=0)
+        place = list(LOSSES).index(loss)
+        ends = f"{PAPER[AUTOCLIP][place]:g} against {PAPER[NEVER][place]:g} dB"
+        panels[0][column].set_title(f"{LOSSES[loss].label} (the paper's large networks: {ends})", fontsize="medium")
+        panels[1][column].set(xlabel="training step")
+        panels[1][column].xaxis.set_major_formatter("{x:,.0f}")
+    panels[0][0].set_ylabel("SI-SDR on the test set, dB")
+    panels[1][0].set_ylabel("training loss")
+    panels[0][0].legend(frameon=False, loc="lower right")
+    for panel in panels.flat:
+        panel.grid(color="0.9", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

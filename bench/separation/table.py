@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bench.common import commit, facts_table, machine_facts, replace, say, shown, table
 from bench.separation.evaluate import evaluate
 from bench.separation.losses import LOSSES
@@ -115,6 +117,8 @@ def keep_settings(path: Path, settings: Settings) -> dict[str, str]:
     """
     if not path.exists():
         facts = machine_facts(["torch", "scikit-learn"])
+        if settings.device == "cuda":
+            facts["GPU"] = torch.cuda.get_device_name()
         replace(path, json.dumps({"settings": asdict(settings), "machine": facts}, indent=2) + "\n")
     begun = json.loads(path.read_text("utf-8"))
     if other := {name for name, value in asdict(settings).items() if begun["settings"].get(name) != value}:

@@ -50,6 +50,10 @@ class Settings:
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.mixtures()["train"]) // self.batch)
+
     def mixtures(self) -> dict[str, Sequence[Waves]]:
         """Train, validation and test; read once per process."""
         counts = (self.train_mixtures, self.validation_mixtures, self.test_mixtures)
@@ -82,7 +86,7 @@ class Training:
 
     def __init__(self, settings: Settings, loss: str, percentile: float, seed: int) -> None:
         self.settings, self.loss, self.percentile, self.seed = settings, loss, percentile, seed
-        self.steps_per_epoch = -(-len(settings.mixtures()["train"]) // settings.batch)
+        self.steps_per_epoch = settings.steps_per_epoch
         self._device = settings.device
         self._function, embeddings, masks, _ = LOSSES[loss]
         torch.manual_seed(seed)

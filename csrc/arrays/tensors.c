@@ -1,10 +1,11 @@
-/* Norms of tensors and their scaling.
+/* Norms of tensors, their scaling, and what they are known by.
  *
  * SPDX-License-Identifier: MIT */
 #include "tensors.h"
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 /* Sums that are independent of each other: enough to hide how long an addition takes, few enough for 16 registers. */
 enum { LANES = 16 };
@@ -120,11 +121,15 @@ static double norm_of(const void *numbers, size_t size, size_t width) {
     return sqrt(sum(numbers, size, width, unit)) / unit;
 }
 
-void autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
-                              double *norms) {
+int autoclip_tensors_measure(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
+                             double *norms) {
+    for (size_t i = 0; i < count; ++i) {
+        if (addresses[i] == 0 || addresses[i] % width != 0) return 0;
+    }
     for (size_t i = 0; i < count; ++i) {
         norms[i] = norm_of((const void *)(uintptr_t)addresses[i], (size_t)sizes[i], width);
     }
+    return 1;
 }
 
 void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width,
@@ -133,4 +138,46 @@ void autoclip_tensors_scale(const uint64_t *addresses, const uint64_t *sizes, si
     for (size_t i = 0; i < count; ++i) {
         if (factors[i] != 1.0) multiply((void *)(uintptr_t)addresses[i], (size_t)sizes[i], width, factors[i]);
     }
+}
+
+/* Of the beginning of a tensor: a few lines of a cache. */
+enum { HEAD = 256 };
+
+/* Odd, so that no bit is lost, and half of its bits are set. */
+#define MULTIPLIER UINT64_C(0xD6E8FEB86659FD93)
+
+/* One to one in both arguments: a product spreads each bit upwards, and the shift brings it down again. */
+static uint64_t mix(uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * MULTIPLIER;
+    return hash ^ hash >> 32;
+}
+
+static uint64_t fingerprint_of(const unsigned char *bytes, size_t size) {
+    enum { STREAMS = 4 }; /* multiplications at a time */
+    uint64_t streams[STREAMS] = {1, 2, 3, 4};
+    uint64_t word = 0;
+    size_t i = 0;
+    for (; i + STREAMS * sizeof word <= size; i += STREAMS * sizeof word) {
+        for (size_t stream = 0; stream < STREAMS; ++stream) {
+            memcpy(&word, bytes + i + stream * sizeof word, sizeof word);
+            streams[stream] = mix(streams[stream], word);
+        }
+    }
+    uint64_t hash = size;
+    for (; i < size; i += sizeof(float)) {
+        uint32_t half;
+        memcpy(&half, bytes + i, sizeof half);
+        hash = mix(hash, half);
+    }
+    for (size_t stream = 0; stream < STREAMS; ++stream) hash = mix(hash, streams[stream]);
+    return hash;
+}
+
+uint64_t autoclip_tensors_fingerprint(const uint64_t *addresses, const uint64_t *sizes, size_t count, size_t width) {
+    uint64_t hash = count;
+    for (size_t i = 0; i < count; ++i) {
+        const size_t size = sizes[i] < HEAD / width ? (size_t)sizes[i] * width : HEAD;
+        hash = mix(mix(hash, addresses[i]), fingerprint_of((const unsigned char *)(uintptr_t)addresses[i], size));
+    }
+    return hash;
 }

@@ -597,14 +597,19 @@ def test_tensorboard_sees_the_log(tmp_path):
 def test_demo_shows_that_autoclip_does_not_care_about_the_unit_of_the_loss(capsys, monkeypatch):
     from autoclip_tensorflow import demo
 
-    monkeypatch.setattr(sys, "argv", ["demo", "--epochs", "1"])
+    monkeypatch.setattr(sys, "argv", ["demo", "--steps", "30", "--learning-rate", "0.1"])
     demo.main()
-    _, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row[:20].strip() for row in rows] == [
-        name for name in ("AutoClip p=10", "fixed threshold 1", "none") for _ in range(3)
-    ]
-    thresholds = [float(row.split()[-1]) for row in rows[:3]]
-    assert thresholds == pytest.approx([thresholds[1] * scale for scale in demo.LOSS_SCALES], rel=0.05)
+    _, _, *rows, last = capsys.readouterr().out.splitlines()
+    assert [row[:20].strip() for row in rows] == [name for name in demo.CLIPPING for _ in demo.LOSS_SCALES]
+    assert last.endswith(" 2.303.")
+    for start in (6, 9):
+        thresholds = [float(row.split()[-1]) for row in rows[start : start + 3]]
+        assert thresholds == pytest.approx([thresholds[1] * scale for scale in demo.LOSS_SCALES], rel=0.05)
+        losses = [float(row[32:44]) for row in rows[start : start + 3]]
+        assert losses == pytest.approx([losses[1]] * 3, rel=0.05)
+    by_rate = {0.01: 0.4, 0.03: 0.2, 0.1: 0.3, 0.3: 2.3, 1.0: float("nan")}
+    monkeypatch.setattr(demo, "train", lambda *_, learning_rate, **__: (by_rate[learning_rate], 0.0, "-"))
+    assert demo.choose_learning_rate(None, 30) == 0.03
 
 
 # The tree.

@@ -35,7 +35,7 @@ class RealMachine:
         self.launched.clear()
         with self._may_wait():
             torch.accelerator.synchronize()
-            with profile(activities=[getattr(ProfilerActivity, self.kind.upper())]) as profiler:
+            with profile(activities=[getattr(ProfilerActivity, self.kind.upper())], acc_events=True) as profiler:
                 yield self.launched
                 torch.accelerator.synchronize()
         self.launched.update(event.name for event in profiler.events() if event.device_type.name == self.kind.upper())
@@ -61,7 +61,9 @@ class RealMachine:
     def never_waiting(self):
         """Demand that the host does not wait."""
         if self.kind == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:

@@ -339,6 +339,32 @@ def test_step_that_is_taken_again_is_recorded_once():
     assert len(history) == 4
 
 
+def test_saved_history_has_the_outcome_that_the_state_kept():
+    history = NormHistory()
+    tx = autoclip(history=history)
+    start, _ = feed(tx, [1.0])
+    outcomes = [tx.update(jnp.full(1, norm), start)[1] for norm in (2.0, 3.0)]
+    for kept in (1, 0):
+        saved = save_history(history, {"optimizer": outcomes[kept]})
+        assert load_history(saved).values().tolist() == [1.0, 2.0 + kept]
+    assert load_history(save_history(history)).values().tolist() == [1.0, 2.0]
+
+
+def test_history_is_saved_with_its_own_state_only():
+    empty = NormHistory()
+    assert len(load_history(save_history(empty, autoclip(history=empty).init(jnp.ones(1))))) == 0
+    history = NormHistory()
+    feed(autoclip(history=history), [1.0, 2.0])
+    other = NormHistory()
+    states = [autoclip(history=other).init(jnp.ones(1))]
+    for norms in ([1.0, 2.5], [1.0, 2.0, 3.0]):
+        other.clear()
+        states.append(feed(autoclip(history=other), norms)[0])
+    for state in states:
+        with pytest.raises(StateError, match="use a history in one run only"):
+            save_history(history, state)
+
+
 def test_history_that_is_gone_is_an_error():
     history = NormHistory()
     gone = history.shared_id

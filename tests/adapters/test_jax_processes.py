@@ -12,12 +12,12 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from autoclip_core import NormHistory
 from autoclip_jax import autoclip, load_history, metrics, save_history
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
-mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+mesh = Mesh(np.array(jax.devices()), ("data",))
 
 
 def on_mesh(values, *axes):

@@ -352,17 +352,29 @@ def test_immediate_mode_does_wait(machine):
         AutoClip(params, mode="immediate").step()
 
 
+@pytest.mark.parametrize("pending", [0, 1])
+@pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("mode", ["immediate", "deferred"])
-def test_captured_step_is_refused(mode, machine):
+def test_captured_step_is_refused(mode, attached, pending, machine):
     params = parameters(machine)
     optimizer = torch.optim.AdamW(params, capturable=True, foreach=True)
-    clips = AutoClip(params, mode=mode), attach(optimizer, mode=mode)
+    clip = attach(optimizer, mode=mode) if attached else AutoClip(params, mode=mode)
+    step = optimizer.step if attached else clip.step
+    for number in range(pending * (mode == "deferred")):  # what is on its way is not asked for either
+        give(machine, params, [torch.full(shape, number + 1.0) for shape in SHAPES])
+        step()
+    steps = clip.steps
     give(machine, params, [torch.ones(shape) for shape in SHAPES])
-    for step in (clips[0].step, optimizer.step):
-        with machine.counting() as launched, machine.capture(), pytest.raises(AutoClipError, match="forward and back"):
-            step()
-        assert not launched
-    assert [clip.steps for clip in clips] == [0, 0]
+    with machine.counting() as launched, machine.capture():
+        pass
+    empty = launched.copy()
+    with machine.counting() as launched, machine.capture(), pytest.raises(AutoClipError, match="forward and back"):
+        step()
+    assert launched == empty
+    assert clip.steps == steps
+    if mode == "deferred":  # and all goes on
+        step()
+        assert clip.steps == steps + 1
 
 
 def test_deterministic_algorithms_do_not_stop_a_window(machine):

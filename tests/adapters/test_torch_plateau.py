@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach
+from autoclip_torch.plateau import Plateau
 from torch import nn
 
 SAID = "another clipper seems to cut the gradients"
@@ -104,3 +105,41 @@ def test_zeros_and_overflows_do_not_count():
         for at in range(300):
             weight.grad = torch.full((4,), [0.0, math.inf, math.nan, 1.0 + at][at % 4])
             clip.step()
+
+
+# What is counted, at its bounds.
+
+JUST_EQUAL, JUST_LESS = 1.0 - 1e-5, 1.0 - 1.5e-5
+
+
+def make_hundred(equals):
+    """These norms, and others that are far below until there are a hundred."""
+    return [*equals, *[0.5] * (100 - len(equals))]
+
+
+@pytest.mark.parametrize("before", [[], [0.1] * 100], ids=["at first", "later"])
+@pytest.mark.parametrize("equals", [[1.0, JUST_EQUAL] * 10, [JUST_EQUAL, 1.0] * 40, [1.0] * 18 + [JUST_EQUAL, 1.0] * 3])
+def test_plateau_of_twenty_in_a_hundred_is_named_at_their_end(equals, before):
+    plateau = Plateau()
+    *none, said = [plateau.see(norm) for norm in (*before, *make_hundred(equals))]
+    assert not any(none)
+    assert said.startswith(f"{len(equals)} of the last 100 gradient norms are equal to the largest of them, 1: ")
+
+
+@pytest.mark.parametrize(
+    "equals",
+    [
+        [1.0, JUST_EQUAL] * 9 + [1.0],  # 19
+        [1.0, JUST_LESS] * 20,
+        [JUST_LESS, 1.0] * 20,
+        [1.0] * 20 + [JUST_EQUAL, 1.0] * 2,  # as good as constant
+        [1.0] * 20 + [1.0 - 1e-6, 1.0 - 2e-6, 1.0 - 3e-6] + [1.0 - 3e-6],
+        [1.0 - 1e-7 * number for number in range(60)],
+        [1.0 + 1e-7 * number for number in range(60)],
+        [1.0, JUST_EQUAL] * 10 + [2.0],  # begun anew
+        [],
+    ],
+)
+def test_fewer_norms_or_unequal_ones_are_no_plateau(equals):
+    plateau = Plateau()
+    assert not any(plateau.see(norm) for norm in make_hundred(equals) * 3)

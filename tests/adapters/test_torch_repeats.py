@@ -25,6 +25,23 @@ def write(params, values):
         assert param.grad._version == version
 
 
+@every_mode
+@every_dtype
+@pytest.mark.parametrize("at", [0, 4])
+def test_first_gradient_that_is_written_behind_torchs_back_is_new(at, dtype, mode):
+    """Torch has known of all writes before, and the norm is what it was."""
+    params = make_params([(70,)] * 5, dtype)
+    clip = AutoClip(params, 100.0, mode=mode)  # nothing is clipped
+    random = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for param in params:
+            param.grad = torch.randn(70, generator=random).sign().to(dtype)
+        clip.step()
+    write(params, [-param.grad if number == at else param.grad for number, param in enumerate(params)])
+    clip.step()
+    assert clip.steps == 6
+
+
 SLOW = [(dtype, rate) for dtype in DTYPES for rate in (0.998, 1.002)]
 SLOW += [(dtype, rate) for dtype in (torch.float32, torch.float64) for rate in (1 - 5e-6, 1 + 5e-6)]
 

@@ -337,6 +337,8 @@ def ulp(value):
 def test_fused_optimizer_scales_by_itself(make, mode, monkeypatch):
     folded, by_hand = make_model(), make_model()
     optimizer, hand = make(folded.parameters()), make(by_hand.parameters())
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        pytest.skip("this torch cannot tell it to scale")
     clip, other = attach(optimizer, 0.0, mode=mode), AutoClip(by_hand, 0.0)
     clipped = 0
     for number in range(20):

@@ -341,6 +341,32 @@ def test_each_update_is_recorded_and_clipped_once(name, how, mode):
     assert clip.log()["grad_norm"] != clip.log()["grad_norm"]
 
 
+class Deaf(Descent):
+    """Makes its update from the gradients that are there, whatever it is given."""
+
+    def step(self, closure=None):
+        return super().step(None)
+
+
+@pytest.mark.parametrize("given", ["place", "name"])
+def test_closure_that_is_not_called_is_said_once(given):
+    model = make_model()
+    optimizer = Deaf(model.parameters())
+    clip = attach(optimizer, 0.0)
+
+    def train(number):
+        loss = backward(model, number)
+        optimizer.step(*[lambda: loss] * (given == "place"), **{"closure": lambda: loss} if given == "name" else {})
+
+    with pytest.warns(RuntimeWarning, match=r"Deaf\.step\(\) was given a closure and has not called it") as warned:
+        train(0)
+    assert warned[0].filename == __file__
+    train(1)
+    assert clip.steps == 0
+    plain(model, optimizer, 2, lambda: None)
+    assert clip.steps == 1
+
+
 # What is refused
 
 
@@ -654,7 +680,7 @@ def test_module_is_converted_by_swapping_its_tensors(way):
     assert clip.steps == 2
 
 
-# Two optimizers over the same parameters
+# Two clips of the same parameters
 
 
 def test_second_clipper_of_the_same_gradients_says_so_once():
@@ -668,10 +694,61 @@ def test_second_clipper_of_the_same_gradients_says_so_once():
             optimizer.step()
 
     train(1.0)
-    with pytest.warns(RuntimeWarning, match="shares parameters with another attached optimizer, which has clipped"):
+    with pytest.warns(RuntimeWarning, match="shares parameters with another one, which has clipped"):
         train(5.0)
     train(9.0)
     assert clips[0].history.values().tolist() == [1.0, 5.0, 9.0]
+
+
+@pytest.mark.parametrize("first", ["by hand", "attached"])
+def test_clip_by_hand_beside_an_attached_one_is_said_once(first):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clips = [AutoClip(model, 0.0), attach(optimizer, 0.0)]
+    calls = [clips[0].step, optimizer.step]
+
+    def train(number):
+        backward(model, number)
+        for call in calls if first == "by hand" else calls[::-1]:
+            call()
+
+    train(6)
+    assert clips[0].history.values() == clips[1].history.values()
+
+    def train_on():
+        for number in range(6):
+            train(number)
+
+    with pytest.warns(RuntimeWarning, match="shares parameters with another one") as warned:
+        train_on()
+    assert len(warned) == 1
+
+
+def test_shallow_copy_has_a_history_of_its_own():
+    model = make_model()
+    clip = AutoClip(model, 0.0)
+    backward(model, 0)
+    clip.step()
+    other = copy.copy(clip)
+    backward(model, 1)
+    assert other.step().recorded
+    assert (clip.steps, other.steps) == (1, 2)
+    assert [id(param) for param in other._pipeline.groups.params] == [id(param) for param in model.parameters()]
+
+
+@pytest.mark.parametrize("way", ["by hand", "attached"])
+def test_lazy_parameters_may_be_there_before_they_have_a_shape(way):
+    model = nn.Sequential(nn.LazyLinear(3, bias=False), nn.Linear(3, 1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clip = AutoClip(optimizer) if way == "by hand" else attach(optimizer)
+    for number in range(3):
+        clip.log()
+        repr(clip), clip.state_dict()
+        backward(model, number)
+        if way == "by hand":
+            clip.step()
+        optimizer.step()
+    assert clip.steps == 3
 
 
 def test_optimizers_with_a_backward_each_share_parameters_in_peace():

@@ -1,4 +1,5 @@
-/* Norms and scaling of tensors, judged by long double, and every number outside of them by its bits.
+/* Norms of tensors, judged by long double; their scaling, and what they are
+ * known by, by every bit.
  *
  * SPDX-License-Identifier: MIT */
 #include "test.h"
@@ -16,7 +17,7 @@ static uint64_t address_of(const void *memory) { return (uint64_t)(uintptr_t)mem
 static double measure(const void *memory, uint64_t size, size_t width) {
     const uint64_t address = address_of(memory);
     double norm = -1.0;
-    autoclip_tensors_measure(&address, &size, 1, width, &norm);
+    REQUIRE(autoclip_tensors_measure(&address, &size, 1, width, &norm) == 1, "address %p", memory);
     return norm;
 }
 
@@ -87,6 +88,21 @@ static void norm_finds_what_is_not_finite(void) {
     }
 }
 
+static void address_that_is_none_is_refused(void) {
+    static const double numbers[3] = {1.0, 2.0, 3.0};
+    const uint64_t good = address_of(numbers);
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (uint64_t past = 0; past < width; past++) {
+            const uint64_t addresses[] = {good, past == 0 ? 0 : good + past};
+            const uint64_t sizes[] = {1, 1};
+            double norms[] = {-1.0, -1.0};
+            REQUIRE(autoclip_tensors_measure(addresses, sizes, 2, width, norms) == 0, "%" PRIu64 " bytes past", past);
+            REQUIRE_SAME(-1.0, norms[0]);
+            REQUIRE_SAME(-1.0, norms[1]);
+        }
+    }
+}
+
 static void scaling_rounds_each_number_once_and_touches_no_other(void) {
     static const double factors[] = {0.3, 1.0, 0x1p-140, 0.0};
     for (size_t width = 4; width <= 8; width += 4) {
@@ -127,6 +143,58 @@ static void factor_of_one_writes_nothing(void) {
     REQUIRE_SAME(sqrt(14.0), measure(constant, 3, 4));
 }
 
+static uint64_t fingerprint(const void *memory, uint64_t size, size_t width) {
+    const uint64_t address = address_of(memory);
+    return autoclip_tensors_fingerprint(&address, &size, 1, width);
+}
+
+static void fingerprint_changes_with_each_bit_of_the_beginning(void) {
+    for (size_t width = 4; width <= 8; width += 4) {
+        for (size_t size = 0; size <= SIZES; size++) {
+            unsigned char *block = test_block(size * width);
+            memset(block, 0, size * width);
+            const uint64_t before = fingerprint(block, size, width);
+            REQUIRE(before == fingerprint(block, size, width), "%zu numbers of %zu bytes", size, width);
+            for (size_t bit = 0; bit < size * width * 8; bit++) {
+                block[bit / 8] ^= (unsigned char)(1U << bit % 8);
+                REQUIRE((before == fingerprint(block, size, width)) == (bit >= (size_t)256 * 8),
+                        "bit %zu of %zu numbers of %zu bytes", bit, size, width);
+                block[bit / 8] ^= (unsigned char)(1U << bit % 8);
+            }
+            free(block);
+        }
+    }
+}
+
+static void fingerprint_changes_with_the_signs_of_all_and_with_their_order(void) {
+    float numbers[64];
+    uint64_t seen[3];
+    for (size_t i = 0; i < 64; i++) numbers[i] = (float)i + 1.0F;
+    seen[0] = fingerprint(numbers, 64, 4);
+    for (size_t i = 0; i < 64; i++) numbers[i] = -numbers[i];
+    seen[1] = fingerprint(numbers, 64, 4);
+    for (size_t i = 0; i < 64; i++) numbers[i] = 64.0F - (float)i;
+    seen[2] = fingerprint(numbers, 64, 4);
+    REQUIRE(seen[0] != seen[1] && seen[1] != seen[2] && seen[0] != seen[2], "the same");
+}
+
+static void fingerprint_changes_with_where_tensors_are_and_how_many(void) {
+    static const double numbers[6] = {1.0, 2.0, 3.0, 1.0, 2.0, 3.0};
+    const uint64_t addresses[] = {address_of(numbers), address_of(numbers + 3), address_of(numbers)};
+    const uint64_t sizes[] = {3, 3, 3};
+    uint64_t seen[4];
+    seen[0] = autoclip_tensors_fingerprint(addresses, sizes, 2, 8);
+    seen[1] = autoclip_tensors_fingerprint(addresses + 1, sizes, 2, 8);
+    seen[2] = autoclip_tensors_fingerprint(addresses, sizes, 1, 8);
+    seen[3] = autoclip_tensors_fingerprint(addresses + 1, sizes, 1, 8);
+    for (size_t i = 0; i < 4; i++) {
+        for (size_t j = 0; j < i; j++) REQUIRE(seen[i] != seen[j], "%zu and %zu", i, j);
+    }
+}
+
 TEST_MAIN(TEST(norm_is_that_of_long_double), TEST(norm_has_the_range_of_its_numbers),
-          TEST(norm_finds_what_is_not_finite), TEST(scaling_rounds_each_number_once_and_touches_no_other),
-          TEST(factor_of_one_writes_nothing));
+          TEST(norm_finds_what_is_not_finite), TEST(address_that_is_none_is_refused),
+          TEST(scaling_rounds_each_number_once_and_touches_no_other), TEST(factor_of_one_writes_nothing),
+          TEST(fingerprint_changes_with_each_bit_of_the_beginning),
+          TEST(fingerprint_changes_with_the_signs_of_all_and_with_their_order),
+          TEST(fingerprint_changes_with_where_tensors_are_and_how_many));

@@ -118,6 +118,7 @@ def test_numba_backend_works_where_numba_does_not_compile(backend, other_backend
     # The switch is for debugging what uses Numba, of which AutoClip may be a small part. It is also how the coverage of
     # compiled functions is known: norms that come from all sides at first, and drift away then, go through all of them.
     code = """
+from math import fsum
 from autoclip_core import NormHistory
 for window in (None, 1, 300, 4400):
     history = NormHistory(window, backend="numba")
@@ -127,7 +128,7 @@ for window in (None, 1, 300, 4400):
     history.extend(range(500))
     history.extend(range(5000))
     history.check()
-    print(float(sum(thresholds)), int(history.rank(700.0)), history.to_bytes()[-8:])  # the checksum of all norms
+    print(fsum(thresholds), int(history.rank(700.0)), history.to_bytes()[-8:])  # the checksum of all norms
 history.clear()
 print(int(history.rank(700.0)), history.to_bytes()[-8:])
 """

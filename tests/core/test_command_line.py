@@ -278,17 +278,32 @@ def test_plot_leaves_nothing_behind_where_it_fails(norms, tmp_path, absent, run_
     except ImportError:
         absent("matplotlib is not installed")
     before = sorted(tmp_path.rglob("*"))
+    table = run_main("replay", norms, "-p", 1).stdout
     for picture, says in [(tmp_path, "is a folder"), (tmp_path / "no/norms.png", "no"), (tmp_path / "a.xyz", "drawn")]:
         done = run_main("replay", norms, "-p", 1, "--plot", picture)
-        assert (done.code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert (done.code, done.stdout, done.stderr.count("\n")) == (1, table, 1)
         assert says in done.stderr
     done = autoclip("replay", norms, "-p", 1, "--plot", tmp_path / "a.png", MPLBACKEND="broken")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "MPLBACKEND" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
-    # A window is not asked for.
+    # A display is not asked for.
     done = autoclip("replay", norms, "-p", 1, "--plot", tmp_path / "a.png", MPLBACKEND="module://absent")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_the_table_needs_no_matplotlib(json, norms, tmp_path, run_main, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    alone = run_main("replay", norms, *json)
+    done = run_main("replay", norms, "--plot", tmp_path / "norms.png", *json)
+    assert (alone.code, done.code, done.stdout) == (0, 1, alone.stdout)
+    assert alone.stdout
+    assert 'pip install "autoclip-core[plot]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize(

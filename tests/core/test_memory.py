@@ -134,7 +134,11 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "r+b", buffering=0)
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if " rw-p " in line:
             memory.seek(start)
-            places += [start + match.start() for match in re.finditer(re.escape(sought), memory.read(end - start))]
+            try:
+                content = memory.read(end - start)
+            except OSError:  # the guard pages of a thread's stack
+                continue
+            places += [start + match.start() for match in re.finditer(re.escape(sought), content)]
     for place in places:
         memory.seek(place)
         if memory.read(len(sought)) == sought:  # and not what was a copy made by the search

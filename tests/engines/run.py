@@ -7,17 +7,18 @@ rounding, differs between ranks, or does not end, fails the run.
 
 import argparse
 import json
-import os
 import platform
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "programs"))
+
+import matrix  # noqa: E402
+
 RESULTS = HERE.parent.parent / "bench/results/engines"
 SECONDS = 900  # for one program; Ray's alone takes one or two minutes, and many on a machine that is shared
 
@@ -123,30 +124,11 @@ def commands_of(ranks, program, arguments):
 def run(folder, ranks, program, *arguments):
     """Run a program on that many ranks (0: two, started by torchrun); return what it reports."""
     arguments = [argument.format(folder) for argument in arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     for argument in arguments if program == "elastic.py" else ():
         Path(argument).mkdir()
-    started = time.monotonic()
-    processes = []
-    for number, (command, own) in enumerate(commands_of(ranks, program.format(folder), arguments)):
-        with (folder / f"out-{number}").open("w") as out:
-            processes.append(
-                subprocess.Popen(command, cwd=folder, env=environment | own, stdout=out, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [f"not ended after {SECONDS} s"]
-    finally:
-        for process in processes:
-            process.terminate()  # torchrun ends its workers then
-            process.wait()
-    said = [(folder / f"out-{number}").read_text(errors="replace") for number in range(len(processes))]
-    print(f"{time.monotonic() - started:4.0f} s  {program} {' '.join(arguments)}, {ranks} ranks: {codes}", flush=True)
-    assert not any(codes), "\n".join(said)
-    lines = [line.partition("RESULT ")[2] for line in said[0].splitlines() if "RESULT " in line]
-    results = [json.loads(line) for line in lines]
-    assert results or arguments[:1] == ["save"] or not program.endswith(".py"), said[0]
+    commands = commands_of(ranks, program.format(folder), arguments)
+    results = matrix.run(f"{program} {' '.join(arguments)}, {ranks} ranks", commands, folder, SECONDS)
+    assert results or arguments[:1] == ["save"] or not program.endswith(".py"), f"{program} reports nothing"
     return results
 
 
@@ -199,32 +181,18 @@ FINDINGS = [
 ]
 
 
-def known():
-    """The results of an earlier run, by part."""
-    file = RESULTS / "engines.json"
-    return json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}
-
-
 def write(parts):
     packages = ["torch", "deepspeed", "accelerate", "lightning", "transformers", "ray"]
-    facts = {
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
-    RESULTS.mkdir(exist_ok=True)
     parts = {part: parts[part] for part in PARTS if part in parts}
-    text = json.dumps({"facts": facts, "parts": parts}, indent=1)
-    (RESULTS / "engines.json").write_text(f"{text}\n", encoding="utf-8")
     page = f"""# Engines
 
 `make engines`: the same training of a model of 123 parameters under each engine, against one process that clips by
 `numpy.percentile` of a list of norms. The error is relative. All ranks have the same thresholds to the last bit, and a
-run that was killed and resumed has those of an undisturbed one. On CPUs with gloo; Python {facts["python"]}.
+run that was killed and resumed has those of an undisturbed one. On CPUs with gloo; Python {platform.python_version()}.
 
 {table_of([result for results in parts.values() for result in results])}
 """
-    (RESULTS / "engines.md").write_text(page, encoding="utf-8")
+    matrix.write(RESULTS, parts, page, versions={package: version(package) for package in packages})
 
 
 def main():
@@ -242,7 +210,7 @@ def main():
         print(*found, sep="\n")
         wrong += found
         if not found:
-            write(known() | {part: results})
+            write(matrix.known(RESULTS) | {part: results})
     return bool(wrong)
 
 

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tokenize
 import tomllib
@@ -63,37 +64,46 @@ KNOWN_BY = {
         for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
     },
 }  # but plot.py: pictures are judged by looking at them
-# The tests that judge a file of the adapters, quick ones first: all of its framework take minutes.
+# The tests that may judge a file of the adapters: of them those that run what was changed, quick ones first.
 ADAPTERS = ROOT / "adapters"
+_JAX = "test_jax_kernel test_jax test_jax_surface"
+_TORCH = """
+    test_torch_edges test_torch_odd test_torch_kernel test_torch_scopes test_torch_deferred test_torch test_torch_zoo
+"""
 ADAPTERS_KNOWN_BY = {
-    "autoclip_jax/clip.py": "test_jax",
-    "autoclip_jax/kernel.py": "test_jax_kernel test_jax",
+    "autoclip_jax/clip.py": _JAX,
+    "autoclip_jax/kernel.py": _JAX,
     "autoclip_tensorflow/clip.py": "test_tensorflow",
     "autoclip_tensorflow/dense.py": "keras_suite",
     "autoclip_tensorflow/graph.py": "test_tensorflow",
     "autoclip_tensorflow/logger.py": "keras_suite",
     "autoclip_tensorflow/optimizer.py": "keras_suite",
     "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
-    "autoclip_torch/attach.py": "test_torch_edges test_torch_odd test_torch_scopes test_torch test_torch_zoo",
-    "autoclip_torch/clip.py": "test_torch_edges test_torch_odd test_torch test_torch_zoo",
+    "autoclip_torch/agreement.py": _TORCH,
+    "autoclip_torch/attach.py": _TORCH,
+    "autoclip_torch/clip.py": _TORCH,
     "autoclip_torch/deepspeed.py": "test_torch_engines",
     "autoclip_torch/deferred.py": "test_torch_edges test_torch_deferred",
     "autoclip_torch/engines.py": "test_torch_engines",
-    "autoclip_torch/gradients.py": "test_torch_edges test_torch_kernel test_torch_scopes",
-    "autoclip_torch/groups.py": "test_torch_edges test_torch_odd test_torch_scopes test_torch test_torch_zoo",
-    "autoclip_torch/kernel.py": "test_torch_kernel",
+    "autoclip_torch/gradients.py": _TORCH,
+    "autoclip_torch/groups.py": _TORCH,
+    "autoclip_torch/kernel.py": "test_torch_kernel test_torch_edges",
+    "autoclip_torch/layout.py": _TORCH,
     "autoclip_torch/lightning.py": "test_lightning",
     "autoclip_torch/optimizers.py": "test_torch_odd test_torch_zoo",
-    "autoclip_torch/pipeline.py": "test_torch_edges test_torch_scopes test_torch test_torch_deferred",
+    "autoclip_torch/pipeline.py": _TORCH,
     "autoclip_torch/plateau.py": "test_torch_plateau",
-    "autoclip_torch/repeats.py": "test_torch_repeats",
+    "autoclip_torch/repeats.py": "test_torch_repeats test_torch_edges test_torch",
+    "autoclip_torch/sharing.py": "test_torch_zoo",
     "autoclip_torch/transformers.py": "test_transformers",
-}  # but the demos, and what several processes are needed for
+}  # but the demos
+# Those that start other processes judge what no test runs in its own.
+ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax": "test_jax_processes"}
 # What every run would import again, and no mutant changes.
 FRAMEWORKS = {
-    "autoclip_torch": "pytest torch._dynamo",
-    "autoclip_jax": "pytest jax optax",
-    "autoclip_tensorflow": "pytest tensorflow torch",
+    "autoclip_torch": "pytest hypothesis torch._dynamo",
+    "autoclip_jax": "pytest hypothesis jax optax",
+    "autoclip_tensorflow": "pytest hypothesis tensorflow torch",
 }
 # What takes long, and judges what the rest of the contract judges too.
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
@@ -476,20 +486,33 @@ class CoreTests:
 
 
 class LinesOfTests:
-    """For pytest: writes down which lines of the files in a folder each test has run."""
+    """For pytest: writes down which lines of the files in a folder each test runs, and in how many seconds.
+
+    The first entry, of no test, has what runs when the files are imported.
+    """
 
     def __init__(self, folder, wanted):
         self.folder, self.wanted = f"{folder}/", wanted
-        self.seen = set()
+        self.begin()
 
-    def pytest_runtest_logstart(self):
+    def begin(self):
+        self.seen, self.began = set(), time.monotonic()
+        threading.settrace(self.see_call)
         sys.settrace(self.see_call)
 
-    def pytest_runtest_logfinish(self, nodeid):
+    def end(self, test):
         sys.settrace(None)
         with self.wanted.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([nodeid, sorted(self.seen)]) + "\n")
-        self.seen = set()
+            file.write(json.dumps([test, time.monotonic() - self.began, sorted(self.seen)]) + "\n")
+
+    def pytest_collection_finish(self):
+        self.end("")
+
+    def pytest_runtest_logstart(self):
+        self.begin()
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.end(nodeid)
 
     def see_call(self, frame, *_):
         return self.see_line if frame.f_code.co_filename.startswith(self.folder) else None
@@ -512,7 +535,7 @@ class AdapterTests:
             assert package not in sys.modules, f"{package} is imported already, so no mutant of it would be"
             installed = Path(find_spec(package).origin).parent
             shutil.copytree(installed, self.site / package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.known = {}  # of each file of tests: the lines that each test runs, the seconds that all take
+        self.known = {}  # of each file: its tests, with the seconds and the lines of each; the seconds that all take
 
     def passes(self, tests, on, patience=600, plugins=()):
         """Whether tests pass in so many seconds of the processor, and how many they took."""
@@ -530,6 +553,7 @@ class AdapterTests:
                 sys.path.insert(0, str(self.site))
                 sys.dont_write_bytecode = True
                 options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=hasty", "-k", LONG]
+                options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
                 os._exit(import_module("pytest").main([*options, *tests], plugins))
             os._exit(1)
         _, status, used = os.wait4(child, 0)
@@ -544,7 +568,7 @@ class AdapterTests:
             passed, seconds = self.passes([f"tests/adapters/{name}.py"], on, plugins=[LinesOfTests(self.site, wanted)])
             assert passed, f"fails without a mutant: {name}, Keras on {on}"
             lines = [json.loads(line) for line in wanted.read_text(encoding="utf-8").splitlines()]
-            self.known[name, on] = ({test: {*map(tuple, seen)} for test, seen in lines}, seconds)
+            self.known[name, on] = [(test, took, {*map(tuple, seen)}) for test, took, seen in lines], seconds
         return self.known[name, on]
 
     def survives(self, mutant):
@@ -558,13 +582,17 @@ class AdapterTests:
         on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
         known = [self.learn(each, on) for each in ADAPTERS_KNOWN_BY[name].split()]
         lines = {(name, line) for line in mutant.lines()}
-        tests = [test for seen, _ in known for test, of_test in seen.items() if lines & of_test]
-        # What no test runs by itself is run when the file is imported.
-        tests = tests or [f"tests/adapters/{each}.py" for each in ADAPTERS_KNOWN_BY[name].split()]
+        every = sorted((each for tests, _ in known for each in tests), key=lambda each: each[1])
+        at_import = any(lines & seen for test, _, seen in every if not test)
+        tests = [test for test, _, seen in every if test and (at_import or lines & seen)]
+        if not tests and mutant.kind in ADAPTERS_ELSEWHERE:
+            tests = [f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"]
+        if not tests:
+            return True
         changed = self.site / mutant.file.relative_to(ADAPTERS)
         changed.write_text(mutant.apply(), encoding="utf-8")
         try:
-            return self.passes(tests, on, 10 + sum(seconds for _, seconds in known))[0]
+            return self.passes(tests, on, 60 + sum(seconds for _, seconds in known))[0]
         finally:
             changed.write_text(source_of(mutant.file), encoding="utf-8")
 

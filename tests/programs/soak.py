@@ -194,24 +194,33 @@ def coverage(_):
 
 
 def mutants(options):
-    """Small faults put into kernel, core and adapters, one at a time; the tests must notice."""
+    """Small faults put into kernel and core, one at a time; the tests must notice."""
+    return judge(options.mutants)
+
+
+def adapters(options):
+    """Small faults put into the adapters, one at a time; the tests must notice."""
+    return judge(options.adapter_mutants, "adapters")
+
+
+def judge(count, under=""):
+    """Of each kind of mutants, how many were killed."""
     from mutation import campaign, reason_of
 
-    figures = []
-    for count, under in ((options.mutants, ""), (options.mutants * 15 // 22, "adapters")):
-        judged, survived = campaign(count, say=say, under=under)
-        unexplained = [mutant for mutant in survived if not reason_of(mutant)]
-        if unexplained or len(survived) > len(judged) / 10:
-            found = "\n".join(map(str, unexplained or survived))
-            raise FaultError(f"{len(survived)} of {len(judged)} survive\n{found}")
-        killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
-        kinds = Counter(mutant.kind for mutant in judged)
-        figures += [(kind, f"{killed[kind]} of {count} killed") for kind, count in kinds.items()]
-        figures += [("survivors, each with its reason in tests/programs/register.toml", f"{len(survived)}")]
-    return figures
+    judged, survived = campaign(count, say=say, under=under)
+    unexplained = [mutant for mutant in survived if not reason_of(mutant)]
+    if unexplained or len(survived) > len(judged) / 10:
+        found = "\n".join(map(str, unexplained or survived))
+        raise FaultError(f"{len(survived)} of {len(judged)} survive\n{found}")
+    killed = Counter(mutant.kind for mutant in judged if mutant not in survived)
+    kinds = Counter(mutant.kind for mutant in judged)
+    return [
+        *((kind, f"{killed[kind]} of {count} killed") for kind, count in kinds.items()),
+        ("survivors, each with its reason in tests/programs/register.toml", f"{len(survived)}"),
+    ]
 
 
-PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, fuzz, kills, threads, load)}
+PARTS = {part.__name__: part for part in (faults, valgrind, coverage, mutants, adapters, fuzz, kills, threads, load)}
 
 
 # --- The record -------------------------------------------------------------------------------------------------------
@@ -235,6 +244,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--fuzz-seconds", type=int, default=7200, help="of each fuzzer (default: %(default)s)")
     parser.add_argument("--mutants", type=int, default=220, help="how many to draw (default: %(default)s)")
+    parser.add_argument("--adapter-mutants", type=int, default=150, help="how many to draw (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=30, help="of each framework (default: %(default)s)")
     parser.add_argument("--thread-seconds", type=int, default=60, help="(default: %(default)s)")
     options = parser.parse_args()

@@ -10,6 +10,9 @@ import autoclip_jax
 import autoclip_tensorflow
 import autoclip_torch
 import autoclip_torch.deepspeed
+import autoclip_torch.fastai
+import autoclip_torch.skorch
+import autoclip_torch.stable_baselines3
 import numpy as np
 import optax
 import torch
@@ -144,6 +147,20 @@ def torch_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, en
     kept(autoclip_torch.deepspeed.attach(engine))
     assert autoclip_torch.deepspeed.attached(engine) is not None
     AutoClipCallback(10.0, scope="parameter", max_threshold=1.0)
+
+
+def callbacks() -> None:
+    agents = autoclip_torch.stable_baselines3.AutoClipCallback(10.0, window=1000)
+    assert_type(agents.clip.steps, int)
+    assert_type(agents.clips["actor"].threshold, float)
+    net = autoclip_torch.skorch.AutoClipCallback(10.0, scope="parameter")
+    net.load_state_dict(net.state_dict())
+    learner = autoclip_torch.fastai.AutoClipCallback(10.0, scope="global", warmup=100)
+    learner.load_state_dict(learner.state_dict())
+    assert_type(learner.numbers, dict[str, list[float]])
+    for clip in (net.clip, learner.clip):
+        if clip is not None:
+            assert_type(clip.threshold, float)
 
 
 class AutoClipTrainer(AutoClipMixin, Trainer):
