@@ -221,11 +221,11 @@ class History:
     def to_bytes(self) -> bytes:
         with _lock:
             draft = snapshot.Draft(len(self), self._window)
+            facts, pool, ring = self._state
             if self._window is None:
-                facts, pool, _ = self._state
                 history_read(facts, pool, 0, draft.norms)
             else:
-                draft.norms[:] = self._aged()
+                by_age(facts, ring, draft.norms)
         return draft.finished()
 
     @classmethod

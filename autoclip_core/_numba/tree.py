@@ -450,6 +450,6 @@ def history_read(facts: Ints, keys: Floats, first: int, norms: Floats) -> None:
         done += part
 
 
-def by_age(facts: Ints, ring: Floats) -> Floats:
-    """The norms of a window, the oldest first."""
-    return np.concatenate((ring[facts[OLDEST] : facts[SIZE]], ring[: facts[OLDEST]]))
+def by_age(facts: Ints, ring: Floats, out: Floats | None = None) -> Floats:
+    """The norms of a window, the oldest first; written to `out`, if it is given."""
+    return np.concatenate((ring[facts[OLDEST] : facts[SIZE]], ring[: facts[OLDEST]]), out=out)

@@ -97,12 +97,15 @@ def table_of(parts):
             if not cases:
                 continue
             library, what = title_of(program)
-            versions = ", ".join(dict.fromkeys(case["version"] for case in cases))
+            versions = list(dict.fromkeys(case["version"] for case in cases))
+            version = f" {versions[0]}" if len(versions) == 1 else ""
             tried = ", ".join(case["case"] for case in cases if case["case"]) or "one training"
             updates = sum(case.get("updates", 0) for case in cases)
-            resumed = ", ".join(dict.fromkeys(RESUMED[case["resumed"]] for case in cases if "resumed" in case))
+            resumed = (
+                ", ".join(dict.fromkeys(RESUMED[case["resumed"]] for case in cases if "resumed" in case)) or "as any"
+            )
             number = len(snippet_of(program).splitlines())
-            lines.append(f"| {library} {versions} | {what} | {number} | {tried} | {updates:,} | {resumed} |")
+            lines.append(f"| {library}{version} | {what} | {number} | {tried} | {updates:,} | {resumed} |")
     return "\n".join(lines)
 
 
