@@ -164,11 +164,10 @@ def take_step(
     restart = [_LAST_COUNT - back for back in (1, window, 1, 1)]
     counts = xp.where(counts < _LAST_COUNT, counts, xp.asarray(restart, dtype=xp.int32))
     finite = xp.isfinite(norm)
-    enters = finite & (norm > 0.0)
+    entering = xp.stop_gradient(xp.where(finite, norm, 0.0))
+    enters = entering > 0.0
     recorded_steps = counts[RECORDED_STEPS]
-    constant = xp.stop_gradient
-    observed = observe(constant(norms), recorded_steps, constant(xp.where(enters, norm, 0.0)))
-    norms, percentile = map(constant, observed)
+    norms, percentile = map(xp.stop_gradient, observe(xp.stop_gradient(norms), recorded_steps, entering))
     threshold, scale, clipped = decide(
         xp,
         norm,
@@ -176,9 +175,9 @@ def take_step(
         recorded_steps + xp.astype(enters, xp.int32),
         warmup=min(warmup, _LAST_COUNT) if isinstance(warmup, int) else warmup,  # an array holds no larger one
         nonfinite=nonfinite,
-        max_threshold=_LARGEST if max_threshold is None else max_threshold,
+        max_threshold=max_threshold,
     )
-    counts = counts + xp.astype(xp.stack([xp.ones_like(enters), enters, clipped, ~finite]), xp.int32)
+    counts = counts + xp.astype(xp.stack([True, enters, clipped, ~finite]), xp.int32)
     outcome = xp.astype(clipped, xp.float32)
     if nonfinite != "pass":
         outcome = xp.where(finite, outcome, xp.minimum(last[OUTCOME], 0.0) - 1.0)
@@ -444,7 +443,7 @@ def decide(
     *,
     warmup: Any = 0,
     nonfinite: str = "skip",
-    max_threshold: Any = inf,
+    max_threshold: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Decide a step as `AutoClip.observe` does.
 
@@ -460,10 +459,15 @@ def decide(
     Returns:
         The threshold, the scale and whether it clips, as in ClipStep: a scale of 0 means "drop this update".
     """
-    threshold = xp.where(threshold > max_threshold, max_threshold, threshold)
-    limit = xp.where(recorded_steps > warmup, threshold, max_threshold)
-    clipped = xp.isfinite(norm) & (norm > limit)
+    finite = xp.isfinite(norm)
+    limit = threshold
+    # An option that was not given is no operation: each costs a graph of TensorFlow a microsecond.
+    if max_threshold is not None:
+        threshold = limit = xp.minimum(threshold, max_threshold)
+    if not isinstance(warmup, int) or warmup > 0:
+        limit = xp.where(recorded_steps > warmup, threshold, norm if max_threshold is None else max_threshold)
+    clipped = finite & (norm > limit)
     scale = xp.where(clipped, limit / xp.where(clipped, norm, 1.0), 1.0)  # no division by 0, nor its derivative
     if nonfinite != "pass":
-        scale = xp.where(xp.isfinite(norm), scale, 0.0)
+        scale = xp.where(finite, scale, 0.0)
     return threshold, scale, clipped

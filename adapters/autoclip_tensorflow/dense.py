@@ -35,7 +35,6 @@ XP = SimpleNamespace(
     isfinite=ops.isfinite,
     maximum=ops.maximum,
     minimum=ops.minimum,
-    ones_like=ops.ones_like,
     sqrt=ops.sqrt,
     stack=ops.stack,
     stop_gradient=ops.stop_gradient,

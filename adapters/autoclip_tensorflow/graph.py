@@ -49,7 +49,6 @@ XP = SimpleNamespace(
     isfinite=tf.math.is_finite,
     maximum=tf.maximum,
     minimum=tf.minimum,
-    ones_like=tf.ones_like,
     sqrt=tf.sqrt,
     stack=tf.stack,
     stop_gradient=tf.stop_gradient,
@@ -122,9 +121,11 @@ def _take_step(options: Options, history: tf.Tensor, state: Mapping[str, tf.Tens
 
         if not in_window:
             return by_kernel()
-        by_operations = partial(steps.observe_window, XP, state["percentile"], *given)
+        operations = partial(steps.observe_window, XP, state["percentile"], *given)
         if _OBSTACLE:
-            return by_operations()
+            return operations()
+        # Where a branch is not taken its nodes cost time all the same: so all of these are one node.
+        by_operations = tf.function(operations, autograph=False, experimental_attributes={"_noinline": True})
         # For XLA this index is a constant that names no device.
         return tf.switch_case(tf.raw_ops.DeviceIndex(device_names=["CPU"]), [by_kernel], default=by_operations)
 

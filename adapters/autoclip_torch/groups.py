@@ -61,6 +61,7 @@ class Groups:
         # Changed in place, because `hold` hands them out.
         self.params = [param for _, param in named]
         self._listed: list[Tensor] = []  # as the optimizer has them
+        self._sizes: list[int] = []  # of its groups
         self.origins: dict[str, str] = {}  # the names of the groups before the latest `refresh`
         self.by_name = self._grouped([name for name, _ in named])
         self._source: Optimizer | ref[Optimizer] | None = source if isinstance(source, Optimizer) else None
@@ -99,7 +100,8 @@ class Groups:
             return False
         groups = optimizer.param_groups
         listed = [param for group in groups for param in group["params"]]
-        if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
+        sizes = [len(group["params"]) for group in groups]
+        if sizes == self._sizes and all(map(is_, listed, self._listed)):
             return False
         places = [f"{index}.{at}" for index, group in enumerate(groups) for at in range(len(group["params"]))]
         known = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
@@ -109,6 +111,7 @@ class Groups:
         # The first name of a tensor listed twice.
         named = dict(zip(reversed(listed), reversed(names), strict=True))
         self._listed[:] = listed
+        self._sizes = sizes
         self.params[:] = dict.fromkeys(listed)
         grouped = (
             {str(index): list(dict.fromkeys(group["params"])) for index, group in enumerate(groups)}

@@ -104,6 +104,11 @@ def assert_steps(way, grads, found, expected, *, warmup=0, max_threshold=inf):
     np.testing.assert_array_equal(updates[~kept], 0.0)
 
 
+def assert_scaled(update, grad, threshold):
+    """The update is the gradient, clipped to the threshold."""
+    np.testing.assert_allclose(update, np.float64(grad) * min(threshold / np.abs(grad).max(), 1.0), rtol=3e-7)
+
+
 def assert_counts(clip, found, core, norms):
     """The counters, and what is remembered, are those of the core."""
     clipped_steps = np.count_nonzero(found[0].clipped)
@@ -120,10 +125,10 @@ def recorded(trace, count):
     return norms[:count]
 
 
-# Zeros, NaN and infinities before the first norm, within a warm-up of 3 norms, and after it; norms at a cap of 5, and
-# beside it; norms equal to the threshold.
+# Zeros, NaN and infinities before the first norm, within a warm-up of 3 norms, and after it; norms above the threshold
+# at its last step, and at the one after it; norms at a cap of 5, and beside it; norms equal to the threshold.
 NORMS_FOR_OPTIONS = [
-    *(0.0, nan, inf, 4.0, 0.0, 9.0, nan, np.nextafter(np.float32(5), np.float32(9)).item(), 8.0, inf, 2.0, 7.0),
+    *(0.0, nan, inf, 4.0, 0.0, np.nextafter(np.float32(5), np.float32(9)).item(), nan, 9.0, 8.0, inf, 2.0, 7.0),
     *(5.0, np.nextafter(np.float32(5), np.float32(0)).item(), -0.0, nan, 3.0, 3.0, 100.0, 1e-3, 30.0),
 ]
 
@@ -170,18 +175,22 @@ class Contract:
 
     def test_percentile_may_change_at_any_step(self, way):
         norms = np.random.default_rng(5).lognormal(size=20).astype(np.float32).tolist()
-        clip = way.make(10)
+        clip, clipped_steps = way.make(10), 0
         for number, norm in enumerate(norms):
             if number % 7 == 6:
-                clip.percentile = (99.9, 0.1)[number // 7]
-            step, _ = clip.step(gradient(norm, number))
+                clip.percentile = (0.1, 99.9)[number // 7]
+            grad = gradient(norm, number)
+            step, update = clip.step(grad)
             exact = np.percentile(norms[: number + 1], clip.percentile)
             assert ulps(step.threshold, exact) <= way.ulps if way.in_float32 else step.threshold == exact
-        assert clip.percentile == 0.1
+            assert_scaled(update, grad, exact)
+            clipped_steps += bool(step.clipped)
+        assert clip.percentile == 99.9
+        assert clip.counts() == (20, 20, clipped_steps, 0)
         for bad, error in ((101, AutoClipValueError), (-0.1, AutoClipValueError), ("50", AutoClipTypeError)):
             with pytest.raises(error, match="percentile must be"):
                 clip.percentile = bad
-            assert clip.percentile == 0.1
+            assert clip.percentile == 99.9
 
     def test_state_may_be_saved_and_loaded_at_any_step(self, way, tmp_path):
         assert_resumes(way, tmp_path)
@@ -214,9 +223,11 @@ class WindowContract:
         norms = np.float32([*range(1, 12), *range(12, 3, -1), *[2.5] * 9, 0.1, 0.7]).tolist()
         clip = way.make(30.0, window=window)
         for number, norm in enumerate(norms):
-            step, _ = clip.step(gradient(norm, number))
+            grad = gradient(norm, number)
+            step, update = clip.step(grad)
             last = norms[max(0, number + 1 - window) : number + 1]
             assert ulps(step.threshold, np.percentile(last, 30.0)) <= way.ulps
+            assert_scaled(update, grad, np.percentile(last, 30.0))
             assert clip.norms() == sorted(last)
         assert clip.counts()[1] == len(norms) > 2 * window
 
@@ -258,9 +269,11 @@ def assert_resumes(way, folder, **options):
         state = whole.save(folder / str(number))
         if number == 4:
             middle = state
-        # The follower has run before, and further than the state.
+        # The follower has run before, and further than the state, at another percentile.
+        follower.percentile = 90.0
         follower.step(gradient(1e3, number))
         follower.load(state)
+        assert follower.percentile == 40.0
         assert (follower.counts(), follower.norms()) == (whole.counts(), whole.norms())
         (step, update), (step_after, update_after) = (clip.step(grad) for clip in (whole, follower))
         np.testing.assert_equal([*step_after, *update_after], [*step, *update])

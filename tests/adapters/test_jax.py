@@ -90,15 +90,15 @@ class Clip:
     def save(self, folder):
         jax.block_until_ready(self.state)
         history = save_history(self.options["history"]) if self.home == "tree" else None
-        return jax.tree.map(np.asarray, self.state), history
+        return jax.tree.map(np.asarray, self.state), history, self.percentile
 
     def load(self, saved):
-        state, history = saved
+        state, history, percentile = saved
         state = jax.tree.map(jnp.asarray, state)
         jax.eval_shape(self.tx.update, jnp.zeros(2), state)
         if history is not None:
             self.options = {**self.options, "history": load_history(history)}
-            self.percentile = self.percentile  # a program has its history within
+        self.percentile = percentile  # a program has it and its history within
         self.state = state
 
 

@@ -323,6 +323,44 @@ def test_one_gradient_that_is_another_in_each_step_is_measured_as_what_it_is(kin
         assert clip.step().norm == pytest.approx(expected, rel=1e-2 if kind == "half" else 1e-6)
 
 
+@pytest.mark.parametrize("make", [lambda: torch.randn(6, dtype=torch.complex64), lambda: torch.randn(3, 2).to_sparse()])
+def test_gradients_of_which_something_else_is_taken_are_measured_in_each_step(make):
+    grad = make()
+    param = nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype))
+    clip = AutoClip([param])
+    for _ in range(3):
+        param.grad = make()
+        expected = param.grad.to_dense().abs().double().norm().item()
+        assert clip.step().norm == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("graph_is_made", [False, True])
+def test_gradient_with_a_graph_keeps_it_after_others(graph_is_made):
+    (param,) = params = params_of(grads_of(1, 8))
+    clip = AutoClip(params, 0.0)
+    with torch.set_grad_enabled(graph_is_made):
+        clip.step()
+    weight = torch.ones(8, requires_grad=True)
+    param.grad = weight * 1e3
+    with torch.set_grad_enabled(graph_is_made):
+        step = clip.step()
+    assert step.clipped
+    param.grad.sum().backward()
+    assert weight.grad == pytest.approx(torch.full((8,), 1e3 * step.scale))
+
+
+def test_gradients_belong_to_the_groups_of_today():
+    params = params_of(grads_of(3, 8))
+    optimizer = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    clip = AutoClip(optimizer, scope="group")
+    clip.step()
+    grads = grads_of(3, 8, seed=1)
+    given(params, grads)
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    norms = [step.norm for step in clip.step().values()]
+    assert norms == pytest.approx([norm_of(grads[:1]), norm_of(grads[1:])])
+
+
 def test_without_the_names_that_torch_does_not_promise_steps_are_the_same(monkeypatch):
     def steps():
         params = params_of(grads_of(4, 30))

@@ -130,18 +130,34 @@ What is checked:
 Could not be installed: {", ".join(absent) or "none"}.
 """
     matrix.write(RESULTS, parts, page)
+    for part in parts.values():
+        for case in part["programs"].get("with_others", []):
+            if "shown" in case:
+                (RESULTS / "thresholds.md").write_text(thresholds_of(case["shown"]), encoding="utf-8")
+
+
+def thresholds_of(shown):
+    """The thresholds of several clippers on the same gradients, side by side."""
+    steps, *rows = shown.items()
+    lines = [f"| {' | '.join([steps[0], *map(str, steps[1])])} |", "|---|" + "---:|" * len(steps[1])]
+    for name, numbers in rows:
+        words = ["none" if number is None else f"{number:.6g}" for number in numbers]
+        lines.append(f"| {' | '.join([name, *words])} |")
+    return "# Thresholds of several clippers on the same gradients\n\n" + "\n".join(lines) + "\n"
 
 
 def refreshed(page):
-    """Return the page with the snippets and the table of today."""
+    """Return the page with the snippets and the tables of today."""
 
     def snippet(found):
         return f"<!-- {found[1]} -->\n```python\n{snippet_of(ROOT / found[1])}\n```\n"
 
     page = re.sub(r"<!-- (tests/trainers/\S+) -->\n```python\n.*?```\n", snippet, page, flags=re.DOTALL)
-    mark = f"<!-- {RESULTS.relative_to(ROOT)}/trainers.md -->\n"
-    table = "".join(re.findall(r"^\|.*\n", (RESULTS / "trainers.md").read_text(encoding="utf-8"), re.MULTILINE))
-    return re.sub(rf"{mark}(\|.*\n)*", lambda _: mark + table, page)
+    for file in ("trainers.md", "thresholds.md"):
+        mark = f"<!-- {RESULTS.relative_to(ROOT)}/{file} -->\n"
+        table = "".join(re.findall(r"^\|.*\n", (RESULTS / file).read_text(encoding="utf-8"), re.MULTILINE))
+        page = re.sub(rf"{mark}(\|.*\n)*", lambda _, text=mark + table: text, page)
+    return page
 
 
 def main():
