@@ -328,6 +328,20 @@ def test_checkpoint_of_a_test_does_not_enter_a_later_fit(stage, make_trainer, tm
     assert callback.clips[0].steps == 24
 
 
+def test_fit_with_nothing_left_to_do_keeps_what_it_loaded(make_trainer, tmp_path):
+    made, again = AutoClipCallback(), AutoClipCallback()
+    trainer = make_trainer(made, max_epochs=2)
+    trainer.fit(Module(), make_data())
+    trainer.save_checkpoint(tmp_path / "made.ckpt")
+    make_trainer(again, max_epochs=2).fit(Module(), make_data(), ckpt_path=tmp_path / "made.ckpt")
+    assert again.clips == []
+    assert again.state_dict()["0"].keys() == made.state_dict()["0"].keys()
+    later = AutoClipCallback()
+    later.load_state_dict(again.state_dict())
+    make_trainer(later, max_epochs=1).fit(Module(), make_data())
+    assert later.clips[0].steps > made.clips[0].steps
+
+
 @pytest.mark.parametrize("options", [{}, {"scope": "parameter"}])
 def test_log_goes_on_after_a_resume(options, make_trainer, tmp_path):
     whole = AutoClipCallback(50.0, **options)
