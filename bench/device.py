@@ -232,6 +232,8 @@ def measure_windows(measured: Measurements, rounds: int, *, quick: bool) -> None
     import optax
     from jax import numpy as jnp
 
+    from bench.jax import full_state
+
     if jax.default_backend() == "cpu":
         say("  this JAX sees no accelerator: its windows are not measured")
         return
@@ -248,9 +250,7 @@ def measure_windows(measured: Measurements, rounds: int, *, quick: bool) -> None
         say(f"  JAX, a window of {size:,}")
         norms = np.random.default_rng(0).lognormal(size=size).astype(np.float32)
         clip, constant = autoclip_jax.autoclip(window=size), optax.clip_by_global_norm(1.0)
-        full = clip.init(jnp.ones(4))._replace(
-            norms=jnp.asarray(np.array([np.sort(norms), norms])), counts=jnp.array([0, size, 0, 0], jnp.int32)
-        )
+        full = full_state(clip.init(jnp.ones(4)), norms)
         subjects = {JAX: (loop(clip), full), OPTAX: (loop(constant), constant.init(jnp.ones(4)))}
         for count in range(1 + rounds):
             for name, (run_steps, state) in subjects.items():

@@ -18,6 +18,7 @@ from autoclip_tensorflow import AutoClip
 from numpy.typing import NDArray
 
 from bench.common import QUICK_NOTE, facts_table, machine_facts, parse, parser, say, shown, table
+from bench.jax import full_state
 
 OPENING = """\
 What this isolates: a step of AutoClip alone, with a gradient of four numbers, over a window that is full. JAX's kernel
@@ -33,10 +34,7 @@ Norms = NDArray[np.float32]
 def jax_step(norms: Norms, obstacle: str) -> Callable[[int], object]:
     """A step in JAX, and its state donated; an obstacle keeps it from the kernel."""
     tx = autoclip(window=len(norms))
-    full = tx.init(jnp.ones(4))._replace(
-        norms=jnp.asarray(np.array([np.sort(norms), norms])), counts=jnp.array([0, len(norms), 0, 0], jnp.int32)
-    )
-    states, compiled = [full], jax.jit(tx.update, donate_argnums=1)
+    states, compiled = [full_state(tx.init(jnp.ones(4)), norms)], jax.jit(tx.update, donate_argnums=1)
     grads = [jnp.full(4, norm / 2) for norm in norms[:100]]
 
     def step(number: int) -> object:

@@ -464,7 +464,7 @@ def test_curves_are_those_of_whole_trainings_and_go_on_where_they_were(tmp_path,
     arguments = ["curves", *TINY_OPTIONS, "--losses", "mi", "--every", "4", "--output", str(tmp_path)]
     main(arguments)
     path = tmp_path / "separation_curves.csv"
-    points = curves.read_points(path)
+    points = table.read_rows(curves.Point, path)
     assert [point[:4] for point in points] == [("mi", p, 0, step) for p in (10.0, 100.0) for step in (16, 32)]
     training = Training(TINY, "mi", 10.0, 0)
     steps = [training.step(waves) for waves, _ in zip(training.batches(), range(32), strict=False)]
@@ -481,7 +481,7 @@ def test_curves_are_those_of_whole_trainings_and_go_on_where_they_were(tmp_path,
     monkeypatch.setattr(curves, "follow", lambda *call: trained.append(call[1:4]) or follow(*call))
     main(arguments)
     assert trained == [("mi", 100.0, 0)]
-    assert sorted(curves.read_points(path)) == sorted(points)
+    assert sorted(table.read_rows(curves.Point, path)) == sorted(points)
     assert (tmp_path / "separation_curves.md").read_text("utf-8") == page
     assert (tmp_path / "separation_curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"other settings .batch was 4"):
@@ -600,6 +600,6 @@ def test_committed_page_is_what_its_cells_and_settings_give(folder):
 def test_committed_curves_are_what_their_points_give():
     results = ROOT / "bench/results/separation_curves"
     begun = json.loads((results / "separation_curves.json").read_text("utf-8"))
-    points = curves.read_points(results / "separation_curves.csv")
+    points = table.read_rows(curves.Point, results / "separation_curves.csv")
     page = curves.report(points, 32 * 625, Settings(**begun["settings"]), begun["machine"])
     assert page == (results / "separation_curves.md").read_text("utf-8")

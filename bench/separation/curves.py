@@ -4,7 +4,6 @@ Every point is in the CSV as soon as it is measured, so a study that is interrup
 did not come to its end is trained again.
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,18 @@ from typing import NamedTuple
 from bench.common import facts_table, replace, say, shown, table
 from bench.separation.evaluate import evaluate
 from bench.separation.losses import LOSSES
-from bench.separation.table import AUTOCLIP, NEVER, PAPER, keep_settings, plan, settings_table, spread
+from bench.separation.table import (
+    AUTOCLIP,
+    NEVER,
+    PAPER,
+    csv_line,
+    csv_of,
+    keep_settings,
+    plan,
+    read_rows,
+    settings_table,
+    spread,
+)
 from bench.separation.train import Settings, Training, run_all
 
 
@@ -38,23 +48,8 @@ def follow(settings: Settings, loss: str, percentile: float, seed: int, every: i
             si_sdr = evaluate(training.network, settings.mixtures()["test"], settings.device)
             point = Point(loss, percentile, seed, number, si_sdr, fmean(losses), training.validate())
             with path.open("a", encoding="utf-8") as file:
-                file.write(_line(point))
+                file.write(csv_line(point))
             losses.clear()
-
-
-def _line(point: Point) -> str:
-    return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in point) + "\n"
-
-
-def read_points(path: Path) -> list[Point]:
-    """The points of a CSV, none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        types = list(Point.__annotations__.values())
-        return [
-            Point(*(kind(word) for kind, word in zip(types, row, strict=True))) for row in list(csv.reader(file))[1:]
-        ]
 
 
 def make_curves(
@@ -70,17 +65,17 @@ def make_curves(
     facts = keep_settings(output / "separation_curves.json", settings)
     path = output / "separation_curves.csv"
     last = settings.epochs // every * every * settings.steps_per_epoch
-    points = read_points(path)
+    points = read_rows(Point, path)
     done = {point[:3] for point in points if point.step == last}
-    replace(path, ",".join(Point._fields) + "\n" + "".join(_line(point) for point in points if point[:3] in done))
+    replace(path, csv_of(Point, (point for point in points if point[:3] in done)))
     wanted = [run for run in plan(losses, percentiles, seeds) if run not in done]
     say(f"{len(done)} networks are there, {len(wanted)} to train, {jobs} at a time")
     try:
         for _ in run_all(follow, [(settings, *run, every, path) for run in wanted], jobs):
-            say(f"{len({point[:3] for point in read_points(path) if point.step == last})} networks are there")
+            say(f"{len({point[:3] for point in read_rows(Point, path) if point.step == last})} networks are there")
     finally:
-        replace(output / "separation_curves.md", report(read_points(path), last, settings, facts))
-    return read_points(path)
+        replace(output / "separation_curves.md", report(read_rows(Point, path), last, settings, facts))
+    return read_rows(Point, path)
 
 
 def by_step(points: Sequence[Point], loss: str, percentile: float, name: str) -> dict[int, dict[int, float]]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ PAPER = {  # Table 1, losses in the order of LOSSES
     90.0: (10.5, 11.0, 8.7, 11.1, 9.5),
     100.0: (10.2, 10.8, 8.5, 10.9, 8.3),
 }
+
+Row = TypeVar("Row", bound=NamedTuple)
 
 
 class TableError(ValueError):
@@ -93,20 +95,30 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     """The cells as CSV, sorted: in the order of LOSSES, by percentile, by seed."""
     order = {loss: number for number, loss in enumerate(LOSSES)}
     rows = sorted(cells, key=lambda cell: (order[cell.loss], cell.percentile, cell.seed))
-    lines = [",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) for row in rows]
-    replace(path, "\n".join([",".join(Cell._fields), *lines]) + "\n")
+    replace(path, csv_of(Cell, rows))
 
 
 def read_cells(path: Path) -> list[Cell]:
     """The cells of a CSV, none if there is no such file."""
+    return read_rows(Cell, path)
+
+
+def csv_of(kind: type[NamedTuple], rows: Iterable[NamedTuple]) -> str:
+    """Rows as CSV, a header first."""
+    return ",".join(kind._fields) + "\n" + "".join(map(csv_line, rows))
+
+
+def csv_line(row: NamedTuple) -> str:
+    return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row) + "\n"
+
+
+def read_rows(kind: type[Row], path: Path) -> list[Row]:
+    """The rows of a CSV, none if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        types = list(Cell.__annotations__.values())
-        return [
-            Cell(*(kind(row[name]) for kind, name in zip(types, Cell._fields, strict=True)))
-            for row in csv.DictReader(file)
-        ]
+        types = kind.__annotations__
+        return [kind(**{name: of(row[name]) for name, of in types.items()}) for row in csv.DictReader(file)]
 
 
 def keep_settings(path: Path, settings: Settings) -> dict[str, str]:
