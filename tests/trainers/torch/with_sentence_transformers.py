@@ -3,11 +3,12 @@
 import torch
 from autoclip_torch.transformers import AutoClipMixin
 from datasets import Dataset
-from harness import PERCENTILE, Trained, play
+from harness import PERCENTILE, play
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import CosineSimilarityLoss
 from sentence_transformers.models import Pooling, Transformer
 from transformers import BertConfig, BertModel
+from with_transformers import run_trainer
 from with_trl import WORDS, make_tokenizer, sentences
 
 
@@ -56,9 +57,7 @@ def train(folder, *, resume):
         loss=CosineSimilarityLoss(model),
         autoclip={"percentile": PERCENTILE},
     )
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
-    logged = next(entry for entry in reversed(trainer.state.log_history) if "clip_threshold" in entry)
-    return Trained(trainer.state.global_step - HALF * resume, list(model.parameters()), logged)
+    return run_trainer(trainer, HALF, resume=resume)
 
 
 if __name__ == "__main__":

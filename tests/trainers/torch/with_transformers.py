@@ -42,13 +42,18 @@ def train_with(optim, accumulated=1, **options):
             **options,
         )
         trainer = AutoClipTrainer(Model(), args, train_dataset=data, autoclip={"percentile": PERCENTILE})
-        half = folder / f"checkpoint-{HALF // accumulated}"
-        trainer.train(resume_from_checkpoint=half if resume else None)
-        logged = next(entry for entry in reversed(trainer.state.log_history) if "clip_threshold" in entry)
-        updates = trainer.state.global_step - HALF // accumulated * resume
-        return Trained(updates, list(trainer.model.parameters()), logged)
+        return run_trainer(trainer, HALF // accumulated, resume=resume)
 
     return train
+
+
+def run_trainer(trainer, half, *, resume):
+    """Train to the end, or from the checkpoint after half of the updates."""
+    checkpoint = f"{trainer.args.output_dir}/checkpoint-{half}"
+    trainer.train(resume_from_checkpoint=checkpoint if resume else None)
+    logged = next(entry for entry in reversed(trainer.state.log_history) if "clip_threshold" in entry)
+    trained = [param for param in trainer.model.parameters() if param.requires_grad]
+    return Trained(trainer.state.global_step - half * resume, trained, logged)
 
 
 if __name__ == "__main__":

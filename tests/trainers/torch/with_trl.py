@@ -3,11 +3,12 @@
 import torch
 from autoclip_torch.transformers import AutoClipMixin
 from datasets import Dataset
-from harness import PERCENTILE, Trained, play
+from harness import PERCENTILE, play
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from with_transformers import run_trainer
 
 
 # page
@@ -75,10 +76,7 @@ def train_with(kind, config, data, **options):
             autoclip={"percentile": PERCENTILE},
             **options,
         )
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
-        logged = next(entry for entry in reversed(trainer.state.log_history) if "clip_threshold" in entry)
-        trained = [param for param in trainer.model.parameters() if param.requires_grad]
-        return Trained(trainer.state.global_step - HALF * resume, trained, logged)
+        return run_trainer(trainer, HALF, resume=resume)
 
     return train
 
