@@ -15,6 +15,7 @@ for what survives them. Mutants of the adapters still take hours; with --kept a 
 
 import argparse
 import ast
+import gc
 import hashlib
 import io
 import json
@@ -600,6 +601,7 @@ class AdapterTests:
 
     def run(self, tests, on, patience=600, plugin=lambda: None):
         """Whether tests pass in so many seconds of the processor."""
+        gc.freeze()  # or each child goes through all that the parent holds, again and again
         child = os.fork()
         if child == 0:
             with suppress(BaseException):
@@ -611,9 +613,11 @@ class AdapterTests:
                 os.chdir(ROOT)
                 os.environ |= {"AUTOCLIP_BACKEND": "native", "KERAS_BACKEND": on, "TF_CPP_MIN_LOG_LEVEL": "3"}
                 os.environ |= {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1"}
+                os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer than most tests
                 sys.path.insert(0, str(self.site))
                 sys.dont_write_bytecode = True
-                options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=hasty", "-k", LONG]
+                options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LONG]
+                options += ["-p", "_hypothesis_pytestplugin", "--hypothesis-profile=hasty"]
                 options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
                 os._exit(import_module("pytest").main([*options, *tests], [plugin()]))
             os._exit(1)
