@@ -80,7 +80,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_tensorflow/graph.py": "test_tensorflow",
     "autoclip_tensorflow/logger.py": "keras_suite",
     "autoclip_tensorflow/optimizer.py": "keras_suite",
-    "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
+    "autoclip_tensorflow/state.py": "test_tensorflow",
     "autoclip_torch/agreement.py": _TORCH,
     "autoclip_torch/attach.py": _TORCH,
     "autoclip_torch/clip.py": _TORCH,
@@ -337,8 +337,11 @@ def mutants(count, seed=0, under=""):
     """
     sizes = {"kernel": count - count * 4 // 11 - count // 11, "core": count * 4 // 11, "Numba": count // 11}
     if under.startswith("adapters"):
-        sizes = dict.fromkeys(("autoclip_jax", "autoclip_tensorflow"), count // 6)
-        sizes["autoclip_torch"] = count - 2 * (count // 6)
+        sizes = {
+            "autoclip_torch": count - 2 * (count // 6),
+            "autoclip_jax": count // 6,
+            "autoclip_tensorflow": count // 6,
+        }
         if under.startswith("adapters/"):
             sizes = dict.fromkeys(sizes, count)
     seen = Counter()
