@@ -408,6 +408,11 @@ def scheduled_without_init(params):
             r"StepLR is none; attach to its \.optimizer",
         ),
         (lambda p: nn.Linear(1, 1), AutoClipTypeError, "Linear is none; attach to its optimizer"),
+        (
+            lambda p: torch.optim.SGD,
+            AutoClipTypeError,
+            r"SGD is a class: attach to the optimizer that SGD\(\.\.\.\) makes",
+        ),
         (lambda p: object(), AutoClipTypeError, r"builtins.object is none; .* call AutoClip\(parameters\)"),
     ],
 )
