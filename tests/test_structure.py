@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/plateau.py": "",
     "adapters/autoclip_torch/repeats.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/sharing.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/watch.py": "autoclip_torch torch",
     "adapters/autoclip_torch/lightning.py": "autoclip_core autoclip_torch lightning pytorch_lightning torch",
     "adapters/autoclip_torch/fastai.py": "autoclip_core autoclip_torch fastai",
     "adapters/autoclip_torch/skorch.py": "autoclip_core autoclip_torch skorch",
