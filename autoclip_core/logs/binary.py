@@ -36,7 +36,7 @@ def read_archive(file: BinaryIO, found: Found) -> None:
             names = [member.removesuffix(".npy") for member in members]
             if not names:
                 raise AutoClipValueError(
-                    f"{found.source} is a zip archive without arrays of numpy; give what is in it, or save the norms as CSV."
+                    f"{found.source} is a zip archive without arrays of numpy; unpack it, or save the norms as CSV."
                 )
             if len(names) == 1:
                 found.columns = found.columns or names

@@ -99,13 +99,13 @@ FILES = {
     "TRAINER_STATE.JSON.BAK": (json.dumps(TRAINER, indent=2), "grad_norm", [1.5, 2.5]),
     "trainer_state_in_one_line.json": (json.dumps(TRAINER), "grad_norm", [1.5, 2.5]),
     "transformers.log": (
-        "Loading\n 5%|  | 1/2 [00:01<00:02]\r{'loss': 2.5, 'grad_norm': 1.5}\n{'loss': '2', 'grad_norm': '2.5'}\n{'a': 3}\n",
+        "Loading\n 5%|  | 1/2\r{'loss': 2.5, 'grad_norm': 1.5}\n{'loss': '2', 'grad_norm': '2.5'}\n{'a': 3}\n",
         "grad_norm",
         [1.5, 2.5],
     ),
     "transformers_alone.log": ("{'loss': 2.5, 'grad_norm': 1.5}\n{'grad_norm': nan}\n", "grad_norm", [1.5, nan]),
     "megatron.log": (
-        "> building ...\n iteration 1/ 9 | lm loss: 1.1E+01 | grad norm: 1.5 |\n iteration 2/ 9 | grad norm: 2.5E-01 |\n",
+        "> ...\n iteration 1/ 9 | lm loss: 1.1E+01 | grad norm: 1.5 |\n iteration 2/ 9 | grad norm: 2.5E-01 |\n",
         "grad norm",
         [1.5, 0.25],
     ),
