@@ -57,14 +57,15 @@ class Gradients:
         process_group: a process group whose ranks hold different parameters of the same groups; None if every rank
             holds all (or holds shards of them as DTensors, which know their ranks).
         device: where the norms shall be, if there is a gradient.
-        layout: of the gradients that the same parameters had in an earlier step. Where these are like them, they are
-            sorted in a fraction of the time.
+        layout: of the gradients that the same parameters, none of them a DTensor, had in an earlier step. Where these
+            are like them, they are sorted in a fraction of the time.
     """
 
     count: int  # of the groups
     first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
     plain = True  # whether there are no DTensors
+    is_shared: bool  # whether norms are added up over ranks
     layout: Layout  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
     _dtensor: Any = ()
@@ -79,28 +80,28 @@ class Gradients:
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
-        # There are no DTensors before somebody has imported their module, which takes a second.
-        if (module := sys.modules.get("torch.distributed.tensor")) is not None:
-            self._find_shards(groups, module.DTensor)
-        batches = None
-        if layout is not None and self.plain:
-            batches = layout.sort(list(map(_grad, chain.from_iterable(groups))))
-        if layout is not None and batches is not None:
+        batches = None if layout is None else layout.sort(list(map(_grad, chain.from_iterable(groups))))
+        if layout is None or batches is None:
+            self._find_shards(groups)
+            self._sort(groups)
+        else:
             self.layout = layout
             self._batches = list(map(_Batch, layout.kinds, *batches))
             self.first = self._batches[0].tensors[0]
-        else:
-            self._sort(groups)
-        if device in self.layout.devices:
+        self.is_shared = process_group is not None or any(self._shards_of.values())
+        if device is not None and device in self.layout.devices:
             self.device = device
-        elif self.first is not None:
-            self.device = self.first.device
+        elif self._batches:
+            self.device = self._batches[0].kind.device
         else:
             self.device = next((param.device for params in groups for param in params), _CPU)
 
-    def _find_shards(self, groups: Sequence[Sequence[Tensor]], dtensor: Any) -> None:
+    def _find_shards(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Find which ranks have the other shards of DTensors, if parameters are such."""
-        self._dtensor = dtensor
+        # There are none before somebody has imported their module, which takes a second.
+        if (module := sys.modules.get("torch.distributed.tensor")) is None:
+            return
+        self._dtensor = dtensor = module.DTensor
         if any(issubclass(kind, dtensor) for kind in set(map(type, chain.from_iterable(groups)))):
             self.plain = False
             dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
@@ -153,11 +154,6 @@ class Gradients:
         if self.first is None:
             self.first = grad
         return local, shards
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether norms are added up over ranks."""
-        return self._process_group is not None or (not self.plain and any(self._shards_of.values()))
 
     @property
     def present(self) -> set[int]:
@@ -234,7 +230,7 @@ class Gradients:
         """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
         for batch in self._batches:
             factors = [scales[index] for index in batch.kind.groups]
-            if set(factors) == {1.0}:
+            if factors.count(1.0) == len(factors):
                 continue
             sizes = batch.kind.sizes
             each = factors * sizes[0] if len(sizes) == 1 else list(chain.from_iterable(map(repeat, factors, sizes)))
@@ -370,7 +366,7 @@ def as_tensor(norms: Tensor | list[float]) -> Tensor:
 
 def is_capturing(device: torch.device) -> bool:
     """Return whether what is asked of the device is recorded for a graph, and not done."""
-    if device.type == "cpu":
+    if device == _CPU:
         return False
     asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
     return asks is not None and asks()

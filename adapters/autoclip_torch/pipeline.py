@@ -82,6 +82,7 @@ class Pipeline:
         self._warned = False
         self._may_be_copies = process_group is not None
         self._layout: Layout | None = None  # of the latest gradients
+        self._is_deferred = mode == "deferred"  # they, that is: whether the device decides
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -143,7 +144,7 @@ class Pipeline:
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
         # An engine may have taken them since: it takes all that are trained, so one of them tells.
-        if (param := next(filter(_is_trained, self.groups.params), None)) is not None:
+        if (param := next(filter(_is_trained, self.groups.params), None)) is not None and param.__dict__:
             self.refuse_parts([param])
         if self.groups.refresh():
             self.refuse_parts(self.groups.params)
@@ -172,7 +173,9 @@ class Pipeline:
         device = self._deferred.device if self._deferred is not None else None
         self._sharing.look()
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
-        self._layout = gradients.layout
+        if gradients.layout is not self._layout:
+            self._layout = gradients.layout if gradients.plain else None
+            self._is_deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients))
         if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
@@ -227,8 +230,9 @@ class Pipeline:
         Returns:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
-        self.agree(norms)
-        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients)):
+        if self._agreement is not None:
+            self.agree(norms)
+        if self._is_deferred:
             return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
             return {}
@@ -365,8 +369,5 @@ def _found(norms: list[float]) -> dict[int, float]:
 
 def _is_deferred_for(gradients: Gradients) -> bool:
     """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
-    return all(map(_is_deferred_on, gradients.layout.devices or {gradients.device}))
-
-
-def _is_deferred_on(device: torch.device) -> bool:
-    return device.type in _DEFERRED_BY_ITSELF and has_float64(device)
+    devices = gradients.layout.devices or {gradients.device}
+    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)
