@@ -26,7 +26,7 @@ from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, head, moved
+from autoclip_torch.gradients import as_tensor, head, is_dropped, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -35,7 +35,6 @@ from autoclip_torch.optimizers import (
     needs_closure,
     refuse_hidden_updates,
 )
-from autoclip_torch.pipeline import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -415,18 +414,22 @@ class StepHooks:
 
     def _take_back(self) -> None:
         """Undo what was done to the optimizer for the time of its step."""
-        for param, grad in self._hidden:
-            if param.grad is None:
-                param.grad = grad
-        optimizer = self._optimizer()
-        for name, lent, before in self._lent:
-            if getattr(optimizer, name, None) is not lent:
-                continue
-            if before is _ABSENT:
-                delattr(optimizer, name)
-            else:
-                setattr(optimizer, name, before)
-        self._hidden, self._lent, self._gradients = [], [], None
+        self._gradients = None
+        if self._hidden:
+            for param, grad in self._hidden:
+                if param.grad is None:
+                    param.grad = grad
+            self._hidden = []
+        if self._lent:
+            optimizer = self._optimizer()
+            for name, lent, before in self._lent:
+                if getattr(optimizer, name, None) is not lent:
+                    continue
+                if before is _ABSENT:
+                    delattr(optimizer, name)
+                else:
+                    setattr(optimizer, name, before)
+            self._lent = []
 
 
 @cache

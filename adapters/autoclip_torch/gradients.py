@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from autoclip_core import ClipStep
+
 _CPU = torch.device("cpu")
 _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 _LARGE = 2**16  # elements
@@ -226,10 +228,10 @@ class Gradients:
         places = moved(torch.tensor(groups, device="cpu"), self.device)
         return found.new_full((*found.shape[:-1], self.count), fill).index_copy_(-1, places, found)
 
-    def scale_(self, scales: Mapping[int, float]) -> None:
+    def scale_(self, steps: Mapping[int, ClipStep]) -> None:
         """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
         for batch in self._batches:
-            factors = [scales[index] for index in batch.kind.groups]
+            factors = [steps[index].scale for index in batch.kind.groups]
             if factors.count(1.0) == len(factors):
                 continue
             sizes = batch.kind.sizes
@@ -317,6 +319,11 @@ class _Batch(NamedTuple):
             bits = _BITS[dtype.itemsize]
             keep = torch.gt(least, 0.0, out=torch.empty((), dtype=bits, device=least.device))
             torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(keep, device))
+
+
+def is_dropped(steps: Mapping[int, ClipStep]) -> bool:
+    """Return whether the update must not be made: one group without a finite norm spoils it."""
+    return 0.0 in [step.scale for step in steps.values()]
 
 
 def head(tensor: Tensor) -> Tensor:

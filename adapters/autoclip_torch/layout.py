@@ -45,7 +45,8 @@ class Layout:
     def __init__(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
         self.kinds = kinds
         self.devices = {kind.device for kind in kinds}
-        self.rounding = max([torch.finfo(kind.dtype).eps for kind in kinds], default=0.0)
+        # By what part of it scaling may change a norm, beside the scale.
+        self.rounding = max([1e-5, *(torch.finfo(kind.dtype).eps / 2 for kind in kinds)])
         self._count = len(grads)
         self._absent = [grad is None for grad in grads] if len(tensors) < len(grads) else None
         self._guards = _guards([grad for grad in grads if grad is not None], tensors)

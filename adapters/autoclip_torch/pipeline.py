@@ -21,7 +21,16 @@ from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep,
 from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.engines import refuse_parts
-from autoclip_torch.gradients import NOT_SEEN, Gradients, as_tensor, has_float64, is_capturing, moved, widest
+from autoclip_torch.gradients import (
+    NOT_SEEN,
+    Gradients,
+    as_tensor,
+    has_float64,
+    is_capturing,
+    is_dropped,
+    moved,
+    widest,
+)
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 from autoclip_torch.sharing import Sharing
@@ -102,13 +111,23 @@ class Pipeline:
 
     def replace(self, clips: dict[str, AutoClip], shares: Iterable[float] = ()) -> None:
         """Go on with other clips of the same groups, and forget all that was on its way."""
-        self._clips = clips
+        self._hold(clips)
         self._percentile = next(iter(clips.values())).percentile
-        self._deferred: Deferred | None = None
         self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
-        self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
+        self._latest: tuple[list[str], dict[int, ClipStep]] = [], {}  # the names of the groups, and their latest steps
         self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
+
+    def _hold(self, clips: dict[str, AutoClip]) -> None:
+        self._clips = clips
+        self._names, self._ordered = list(clips), list(clips.values())
+        self._deferred: Deferred | None = None
+
+    @property
+    def latest(self) -> dict[str, ClipStep]:
+        """The latest step of each group, as far as the host knows."""
+        names, steps = self._latest
+        return {names[index]: steps[index] for index in sorted(steps)}
 
     @property
     def percentile(self) -> float:
@@ -151,8 +170,7 @@ class Pipeline:
             clips = self.clips
             origins = self.groups.origins
             self._layout = None
-            self._clips = {name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name}
-            self._deferred = None
+            self._hold({name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name})
 
     def measure(self, grad_scale: Tensor | None = None) -> tuple[Gradients, Tensor | list[float]]:
         """Return the gradients as they are now, and the norm of each group; as numbers if the host knows them.
@@ -171,7 +189,8 @@ class Pipeline:
             )
         self.refresh()
         device = self._deferred.device if self._deferred is not None else None
-        self._sharing.look()
+        if self._sharing.shared:
+            self._sharing.look()
         gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
         if gradients.layout is not self._layout:
             self._layout = gradients.layout if gradients.plain else None
@@ -239,7 +258,7 @@ class Pipeline:
         self.receive(wait=True)  # all norms are known: a model may have left its device
         found = _found(_numbers(norms))
         if self.repeats.has(gradients, found):
-            clips = list(self._clips.values())
+            clips = self._ordered
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
         return self.observe(found)
 
@@ -258,11 +277,10 @@ class Pipeline:
         if isinstance(steps, DeviceStep):
             gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
             return
-        scales = {index: step.scale for index, step in steps.items()}
-        if 0.0 in scales.values():
+        if is_dropped(steps):
             gradients.zero_()
         else:
-            gradients.scale_(scales)
+            gradients.scale_(steps)
 
     def leave(
         self,
@@ -286,7 +304,8 @@ class Pipeline:
     def touch(self, gradients: Gradients) -> None:
         """Take gradients as they are for ours, when nobody writes to them any more in this step."""
         self.repeats.touch(gradients)
-        self._sharing.mark(self.latest)
+        if self._sharing.shared:
+            self._sharing.mark(self.latest)
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
@@ -323,39 +342,28 @@ class Pipeline:
 
     def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
-        names, clips = list(self._clips), list(self._clips.values())
+        joint = hypot(*norms.values())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
-        order: Iterable[int] = norms
-        if not all(map(isfinite, norms.values())):
-            order = sorted(norms, key=lambda index: isfinite(norms[index]))
+        order = norms if isfinite(joint) else sorted(norms, key=lambda index: isfinite(norms[index]))
         steps = {}
         for index in order:
             try:
-                steps[index] = clips[index].observe(norms[index])
+                steps[index] = self._ordered[index].observe(norms[index])
             except NonFiniteNormError as error:
                 if self.groups.scope != "global":
-                    error.add_note(f"It is the norm of the group {names[index]!r}.")
+                    error.add_note(f"It is the norm of the group {self._names[index]!r}.")
                 raise
         if steps:
-            self.latest = {names[index]: steps[index] for index in norms}
+            self._latest = self._names, steps
             self.clipped_shares.append(sum([step.clipped for step in steps.values()]) / len(steps))
-            self._watch(hypot(*norms.values()))
+            if self._plateau is not None and 0.0 < joint < inf and (odd := self._plateau.see(joint)) is not None:
+                self._plateau = None  # another clipper has had the gradients before
+                warnings.warn(odd, RuntimeWarning, stacklevel=4)
         return steps
-
-    def _watch(self, norm: float) -> None:
-        """See whether another clipper has had the gradients before."""
-        if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
-            self._plateau = None
-            warnings.warn(odd, RuntimeWarning, stacklevel=5)
 
 
 def _is_trained(param: Tensor) -> bool:
     return param.requires_grad
-
-
-def is_dropped(steps: dict[int, ClipStep]) -> bool:
-    """Return whether the update must not be made: one group without a finite norm spoils it."""
-    return 0.0 in [step.scale for step in steps.values()]
 
 
 def _numbers(norms: Tensor | list[float]) -> list[float]:
