@@ -18,6 +18,7 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import Counter
 from functools import cache
 from itertools import chain, islice, repeat
@@ -88,7 +89,7 @@ class Gradients:
             self._sort(groups)
         else:
             self.layout = layout
-            self._batches = list(map(_Batch, layout.kinds, *batches))
+            self._batches = [_Batch(*batch) for batch in batches]
             self.first = self._batches[0].tensors[0]
         self.is_shared = process_group is not None or any(self._shards_of.values())
         if device is not None and device in self.layout.devices:
@@ -368,7 +369,8 @@ def widest(device: torch.device) -> torch.dtype:
 
 def as_tensor(norms: Tensor | list[float]) -> Tensor:
     """Return norms as a tensor, if they are not one."""
-    return norms if isinstance(norms, Tensor) else torch.tensor(norms, dtype=torch.float64, device=_CPU)
+    # torch.tensor takes three times as long.
+    return norms if isinstance(norms, Tensor) else torch.frombuffer(array("d", norms), dtype=torch.float64)
 
 
 def is_capturing(device: torch.device) -> bool:

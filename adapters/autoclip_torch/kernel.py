@@ -72,6 +72,7 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._sizes = array("Q", map(Tensor.numel, tensors))
+        self._no_norms = array("d", [0.0]) * len(self._sizes)
         # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
         self._arguments = _begin(self._sizes), len(self._sizes), _WIDTHS[tensors[0].dtype]
 
@@ -81,7 +82,7 @@ class Layout:
             addresses = array("Q", map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
-        norms = array("d", [0.0]) * len(addresses)
+        norms = self._no_norms[:]
         arguments = _begin(addresses), *self._arguments
         if not _library().autoclip_tensors_measure(*arguments, _begin(norms)):
             return None

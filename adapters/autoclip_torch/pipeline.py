@@ -121,6 +121,7 @@ class Pipeline:
     def _hold(self, clips: dict[str, AutoClip]) -> None:
         self._clips = clips
         self._names, self._ordered = list(clips), list(clips.values())
+        self._params = list(self.groups.by_name.values())
         self._deferred: Deferred | None = None
 
     @property
@@ -191,7 +192,7 @@ class Pipeline:
         device = self._deferred.device if self._deferred is not None else None
         if self._sharing.shared:
             self._sharing.look()
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
+        gradients = Gradients(self._params, self._process_group, device, self._layout)
         if gradients.layout is not self._layout:
             self._layout = gradients.layout if gradients.plain else None
             self._is_deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients))

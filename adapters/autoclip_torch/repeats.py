@@ -153,12 +153,12 @@ def _samples_and_copies(gradients: Gradients, numbers: Sequence[Tensor]) -> tupl
     """Return the samples, and copies of numbers, stacked: a caller may change what a step returns."""
     samples: list[_Sample] = []
     copied = None
-    bits = [number.view(torch.uint8) for number in numbers]
     for heads in gradients.heads():
         if isinstance(heads, int):
             samples.append(heads)
         elif copied is None and numbers[0].device == heads[0].device:
             # In one launch.
+            bits = [number.view(torch.uint8) for number in numbers]
             size = sum(map(Tensor.numel, bits))
             both = torch.cat([*bits, *heads])
             samples.append(both[size:])
