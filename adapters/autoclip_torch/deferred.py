@@ -150,7 +150,8 @@ class Deferred:
         table = moved(shaped, self.device)
         remembered = arrays.norm_to_remember(_XP, norms, self._infinity)
         self._pending.append(Pending(norms, remembered, percentile))
-        pending = torch.stack([step.remembered for step in self._pending], -1)
+        waiting = [step.remembered for step in self._pending]
+        pending = torch.stack(waiting, -1) if count > 1 else remembered.unsqueeze(-1)  # which copies nothing
         threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._limits["warmup"])
         scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
         return DeviceStep(norms, threshold, scale, recorded[:, -1])

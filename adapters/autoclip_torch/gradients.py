@@ -89,7 +89,7 @@ class Gradients:
             self._sort(groups)
         else:
             self.layout = layout
-            self._batches = [_Batch(*batch) for batch in batches]
+            self._batches = list(map(_Batch._make, batches))
             self.first = self._batches[0].tensors[0]
         self.is_shared = process_group is not None or any(self._shards_of.values())
         if device is not None and device in self.layout.devices:
