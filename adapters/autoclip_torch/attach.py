@@ -363,7 +363,7 @@ class StepHooks:
             # This optimizer unscales by itself, and looks for overflows by itself.
             found_inf = as_tensor(norms).isfinite().all().logical_not().float()
         steps = self._pipeline.decide(gradients, norms, found_inf)
-        fused = gradients.plain and _is_fused(optimizer)
+        fused = _is_fused(optimizer) and gradients.plain
         if isinstance(steps, DeviceStep):
             # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.
             fused = fused and not lacks_momentum(optimizer)

@@ -83,6 +83,7 @@ class Gradients:
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
+        self.is_shared = process_group is not None
         batches = None if layout is None else layout.sort(list(map(_grad, chain.from_iterable(groups))))
         if layout is None or batches is None:
             self._find_shards(groups)
@@ -91,7 +92,6 @@ class Gradients:
             self.layout = layout
             self._batches = list(map(_Batch._make, batches))
             self.first = self._batches[0].tensors[0]
-        self.is_shared = process_group is not None or any(self._shards_of.values())
         if device is not None and device in self.layout.devices:
             self.device = device
         elif self._batches:
@@ -110,6 +110,7 @@ class Gradients:
             dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
             # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
             self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+            self.is_shared |= any(self._shards_of.values())
             _place_like_params(dtensors)
 
     @torch.no_grad()
