@@ -33,7 +33,7 @@ from autoclip_torch import kernel
 from autoclip_torch.layout import Kind, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -46,7 +46,7 @@ _HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Of one tensor after the other, without a word of Python in between.
-_grad, _version = attrgetter("grad"), attrgetter("_version")
+_grad, _version, _scale = attrgetter("grad"), attrgetter("_version"), attrgetter("scale")
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
@@ -175,11 +175,11 @@ class Gradients:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
             return version(self.first)
-        return sum([batch.versions() for batch in self._batches])
+        return sum(map(_Batch.versions, self._batches))
 
-    def heads(self) -> list[int | list[Tensor]]:
-        """Return of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
-        return [] if self.is_shared else [batch.heads() for batch in self._batches]
+    def heads(self) -> Iterator[int | list[Tensor]]:
+        """Yield of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
+        return map(_Batch.heads, () if self.is_shared else self._batches)
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor | list[float]:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -325,7 +325,7 @@ class _Batch(NamedTuple):
 
 def is_dropped(steps: Mapping[int, ClipStep]) -> bool:
     """Return whether the update must not be made: one group without a finite norm spoils it."""
-    return 0.0 in [step.scale for step in steps.values()]
+    return 0.0 in map(_scale, steps.values())
 
 
 def head(tensor: Tensor) -> Tensor:

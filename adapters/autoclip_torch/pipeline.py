@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from math import copysign, hypot, inf, isfinite
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakMethod
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 Mode = Literal["auto", "immediate", "deferred"]
 
 _SHARE_OVER = 100  # steps
+_is_trained, _clipped = attrgetter("requires_grad"), attrgetter("clipped")
 _DEFERRED_BY_ITSELF = {"cuda", "xpu"}
 
 
@@ -91,7 +93,7 @@ class Pipeline:
         self._warned = False
         self._may_be_copies = process_group is not None
         self._layout: Layout | None = None  # of the latest gradients
-        self._is_deferred = mode == "deferred"  # they, that is: whether the device decides
+        self._is_deferred = mode == "deferred"  # whether the device decides about them
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -119,6 +121,7 @@ class Pipeline:
         self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
 
     def _hold(self, clips: dict[str, AutoClip]) -> None:
+        """Take the clips of the groups as they are now; what each step needs of both is made once."""
         self._clips = clips
         self._names, self._ordered = list(clips), list(clips.values())
         self._params = list(self.groups.by_name.values())
@@ -163,15 +166,15 @@ class Pipeline:
 
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
-        # An engine may have taken them since: it takes all that are trained, so one of them tells.
+        # An engine may have taken them since: it takes all that are trained, so one of them tells, by an attribute.
         if (param := next(filter(_is_trained, self.groups.params), None)) is not None and param.__dict__:
             self.refuse_parts([param])
         if self.groups.refresh():
-            self.refuse_parts(self.groups.params)
             clips = self.clips
             origins = self.groups.origins
             self._layout = None
             self._hold({name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name})
+            self.refuse_parts(self.groups.params)
 
     def measure(self, grad_scale: Tensor | None = None) -> tuple[Gradients, Tensor | list[float]]:
         """Return the gradients as they are now, and the norm of each group; as numbers if the host knows them.
@@ -201,7 +204,8 @@ class Pipeline:
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
                 "capture the forward and backward pass only, and step after each replay."
             )
-        self.receive()
+        if self._deferred is not None:
+            self._deferred.receive()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -256,7 +260,8 @@ class Pipeline:
             return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
             return {}
-        self.receive(wait=True)  # all norms are known: a model may have left its device
+        if self._deferred is not None:
+            self._deferred.receive(wait=True)  # all norms are known: a model may have left its device
         found = _found(_numbers(norms))
         if self.repeats.has(gradients, found):
             clips = self._ordered
@@ -356,15 +361,11 @@ class Pipeline:
                 raise
         if steps:
             self._latest = self._names, steps
-            self.clipped_shares.append(sum([step.clipped for step in steps.values()]) / len(steps))
+            self.clipped_shares.append(sum(map(_clipped, steps.values())) / len(steps))
             if self._plateau is not None and 0.0 < joint < inf and (odd := self._plateau.see(joint)) is not None:
                 self._plateau = None  # another clipper has had the gradients before
                 warnings.warn(odd, RuntimeWarning, stacklevel=4)
         return steps
-
-
-def _is_trained(param: Tensor) -> bool:
-    return param.requires_grad
 
 
 def _numbers(norms: Tensor | list[float]) -> list[float]:

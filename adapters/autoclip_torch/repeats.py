@@ -104,7 +104,12 @@ class Repeats:
         rounding = gradients.layout.rounding
         unscaled = 0.0 if self._is_exact else rounding
         for index, norm in norms.items():  # first, for it tells nearly all that are new
-            if not _is_near(norm, left[index], unscaled, rounding):
+            step = left[index]
+            known = step.norm * step.scale
+            if isfinite(norm):
+                if not abs(norm - known) <= (unscaled if step.scale == 1.0 else rounding) * norm:
+                    return False
+            elif isfinite(known):
                 return False
         self._same = self._is_untouched(gradients) and all(starmap(_is_equal, self._pairs(gradients)))
         return self._same
@@ -166,13 +171,6 @@ def _samples_and_copies(gradients: Gradients, numbers: Sequence[Tensor]) -> tupl
         else:
             samples.append(torch.cat(heads))
     return samples, torch.stack([*numbers]) if copied is None else copied
-
-
-def _is_near(norm: float, step: ClipStep, unscaled: float, rounding: float) -> bool:
-    left = step.norm * step.scale
-    if not isfinite(norm):
-        return not isfinite(left)
-    return abs(norm - left) <= (unscaled if step.scale == 1.0 else rounding) * norm
 
 
 def _is_equal(old: _Sample | None, new: _Sample | None) -> bool:
