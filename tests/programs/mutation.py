@@ -97,6 +97,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/repeats.py": "test_torch_repeats test_torch_edges test_torch",
     "autoclip_torch/sharing.py": "test_torch_zoo",
     "autoclip_torch/transformers.py": "test_transformers",
+    "autoclip_torch/watch.py": "test_torch_zoo",
 }  # but the demos
 # Those that start other processes judge what no test runs in its own.
 ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax": "test_jax_processes"}
