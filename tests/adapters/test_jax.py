@@ -276,6 +276,10 @@ def test_half_updates_are_scaled_with_all_digits_of_the_scale():
     assert (updates != (wide * scale.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)).any()
 
 
+def test_window_is_that_of_what_was_saved_with_the_default():
+    assert autoclip().init(jnp.zeros(1)).norms.shape == (2, 131_072)
+
+
 def test_window_of_the_largest_size_is_taken():
     autoclip(window=arrays.MAX_WINDOW)
 
