@@ -105,8 +105,8 @@ def check_history() -> None:
         )
 
 
-def take_step(options: Options, variables: Mapping[str, Any], total: tf.Tensor) -> tf.Tensor:
-    """Let the norm of a gradient enter the history, change the variables, and return the scale."""
+def update_variables(options: Options, variables: Mapping[str, Any], total: tf.Tensor) -> tf.Tensor:
+    """Take a step with the square of the norm of a gradient: change the variables, and return the scale."""
     # A history is known by its id: a graph that is kept for eager steps does not hold it, and is that of others too.
     history = tf.constant(0 if options.history is None else options.history.shared_id, tf.int64)
     options = Options(*options)._replace(history=None)
