@@ -18,7 +18,7 @@ import traceback
 from io import BytesIO, TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from autoclip_core import __version__, _backend
 from autoclip_core.errors import AutoClipError
@@ -41,6 +41,7 @@ _ALSO = (
 _LEFT = {"norms", "setting", "percentile"}  # columns that begin at the left
 _ADVICE = "What these norms suggest; why: autoclip_core/README.md, Which percentile?"
 _BARS = "▏▎▍▌▋▊▉█"
+_SNAPSHOT = b"\x89ACH"  # as autoclip.h draws it: a file that does not begin so is not read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "file",
-        help="norms: CSV, JSON, JSON lines, .npy, .npz, parquet, TensorBoard's events (a file or a run's folder), also "
-        "packed by gzip; - for standard input",
+        help="norms: CSV, JSON, JSON lines, what a trainer printed, .npy, .npz, parquet, TensorBoard's events (a file "
+        "or a run's folder), also packed by gzip; - for standard input",
     )
     command.add_argument(
         "-c",
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "  autoclip inspect history.ach   (written in Python: open(..., 'wb').write(clip.history.to_bytes()))\n"
         "  autoclip inspect history.ach --json\n",
     )
-    command.add_argument("snapshot", type=Path, help="a file written from NormHistory.to_bytes()")
+    command.add_argument("file", help="a file written from NormHistory.to_bytes(); - for standard input")
     return parser
 
 
@@ -159,10 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    if options.file == "-" and sys.stdin is None:
-        raise AutoClipError("There is no standard input to read.")
-    logs = read_log(sys.stdin.buffer if options.file == "-" else options.file, options.column or [])
-    source = "standard input" if options.file == "-" else options.file
+    logs = read_log(_standard_input() if options.file == "-" else options.file, options.column or [])
     percentiles = options.percentile or list(PERCENTILES)
     windows = [None, *(options.window or [])]
     draw_at = 10.0 if 10.0 in percentiles else percentiles[0]
@@ -195,7 +193,7 @@ def _replay(options: argparse.Namespace) -> None:
         if options.json:
             _print_json({"file": options.file, **(contents[0] if len(contents) == 1 else {"columns": contents})})
         else:
-            _print_replay(source, contents, rows)
+            _print_replay(_source(options.file), contents, rows)
 
 
 def _print_replay(source: str, contents: list[dict[str, Any]], rows: list[list[str]]) -> None:
@@ -261,7 +259,7 @@ def _plot(panels: Sequence[tuple[Log, Replay]], path: Path) -> None:
     picture = BytesIO()
     try:
         axes.figure.savefig(picture, dpi=150, format=path.suffix[1:].lower() or "png")
-    except ValueError as error:  # a format that matplotlib does not know
+    except (ValueError, RuntimeError) as error:  # a format that matplotlib does not know, or needs a program for
         raise AutoClipError(f"{path} cannot be drawn: {error}.") from None
     if path.exists() and not path.is_file():  # a pipe or a device
         path.write_bytes(picture.getbuffer())
@@ -329,7 +327,13 @@ def _version(name: str) -> str | None:
 def _inspect(options: argparse.Namespace) -> None:
     import numpy as np
 
-    snapshot = options.snapshot.read_bytes()
+    with _standard_input() if options.file == "-" else Path(options.file).open("rb") as file:
+        snapshot = file.read(len(_SNAPSHOT))
+        if snapshot != _SNAPSHOT:
+            raise AutoClipError(
+                f"{_source(options.file)} is not a snapshot; one is written from NormHistory.to_bytes()."
+            )
+        snapshot += file.read()
     history = NormHistory.from_bytes(snapshot)
     history.check()
     norms = history.values()
@@ -339,7 +343,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(
             {
-                "file": str(options.snapshot),
+                "file": options.file,
                 "bytes": len(snapshot),
                 "norms": len(norms),
                 "window": history.window,
@@ -350,7 +354,7 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         return
     kept = "the whole history" if history.window is None else f"a window of {history.window:,}"
-    print(f"{options.snapshot}: sound, {len(norms):,} norms, {kept}, {len(snapshot):,} bytes")
+    print(_printable(f"{_source(options.file)}: sound, {len(norms):,} norms, {kept}, {len(snapshot):,} bytes"))
     if not len(norms):
         return
     print()
@@ -380,6 +384,19 @@ def _bar(share: float, room: int) -> str:
     except UnicodeEncodeError:
         return "#" * ((eighths + 7) // 8)
     return bar
+
+
+# --- Input ------------------------------------------------------------------------------------------------------------
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise AutoClipError("There is no standard input to read.")
+    return sys.stdin.buffer
+
+
+def _source(file: str) -> str:
+    return "standard input" if file == "-" else file
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ cheap, and so does a run that never asks for an array.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite, isnan
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
+def _is_a(kind: type[Real | Integral], value: Any) -> bool:
+    """Tell numbers from what Python and numpy count among them: bool, and spans of time."""
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", None) == "m":
+        return False
+    return isinstance(value, kind)
+
+
 def as_number(value: Any, name: str) -> float:
     """Return a real number as a float; refuse everything else, bool included."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not _is_a(Real, value):
         remedy = "; take its value with .item()" if hasattr(value, "item") else ""
         raise AutoClipTypeError(f"{name} must be a real number, but {_describe(value)} was given{remedy}.")
     try:
@@ -43,7 +50,7 @@ def as_percentile(value: Any) -> float:
 
 def as_count(value: Any, name: str, *, minimum: int) -> int:
     """Return a whole number of at least `minimum` as an int."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not _is_a(Integral, value):
         raise AutoClipTypeError(f"{name} must be a whole number, but {_describe(value)} was given.")
     count = int(value)
     if not minimum <= count < 2**63:
@@ -71,7 +78,9 @@ def _as_norm(value: Any) -> float:
 def _as_array(values: ArrayLike | Iterable[float], name: str) -> NDArray[np.float64]:
     import numpy as np
 
-    if not hasattr(values, "__array__") and isinstance(values, Iterable) and not isinstance(values, str | bytes):
+    if isinstance(values, str | bytes | bytearray | Mapping):
+        raise AutoClipTypeError(f"{name} must be real numbers in a row, but {_describe(values)} was given.")
+    if not hasattr(values, "__array__") and isinstance(values, Iterable):
         values = cast("list[float]", list(values))
         if not {bool, np.bool_}.isdisjoint(map(type, values)):  # numpy would make numbers of them
             raise AutoClipTypeError(f"{name} must be real numbers, but there is a bool among them.")

@@ -5,6 +5,7 @@ Everything is built from the source tree around this file; of the package under 
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -116,6 +117,31 @@ def test_kernel_is_not_built_with_arithmetic_that_loses_nan(compiler, flag, need
     done = subprocess.run(["cmake", "--build", "build"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "autoclip needs IEEE arithmetic" in done.stdout + done.stderr
+
+
+def test_kernel_built_by_clang_is_exact_with_flags_of_which_it_is_not_told(need, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("clang has no switch in the source on other processors")
+    flags = ["-fno-honor-nans", "-funsafe-math-optimizations", "-march=haswell"]  # which has fused multiply-adds
+    sources = map(str, sorted((ROOT / "csrc/src").glob("*.c")))
+    command = [need("clang"), "-std=c11", "-O1", *flags, "-shared", "-fPIC", f"-I{ROOT / 'csrc/include'}", *sources]
+    run(*command, "-pthread", "-o", str(tmp_path / "kernel.so"))
+    kernel = ctypes.CDLL(str(tmp_path / "kernel.so"))
+    history, threshold = ctypes.c_void_p(), ctypes.c_double()
+    assert kernel.autoclip_history_create(ctypes.c_uint64(0), None, ctypes.byref(history)) == 0
+    assert kernel.autoclip_history_push(history, ctypes.c_double(-0.0)) == 0
+    assert kernel.autoclip_history_select(history, ctypes.c_uint64(0), ctypes.byref(threshold)) == 0
+    assert not np.signbit(threshold.value)
+    norms = np.random.default_rng(1).lognormal(size=300)
+    for at, norm in enumerate(norms, 1):
+        arguments = (history, ctypes.c_double(norm), ctypes.c_double(30.0), ctypes.byref(threshold))
+        assert kernel.autoclip_history_observe(*arguments) == 0
+        assert threshold.value == np.percentile([0.0, *norms[:at]], 30.0)
+    nan, rank = ctypes.c_double(np.nan), ctypes.c_uint64()
+    assert kernel.autoclip_history_push(history, nan) == int(re.search(r"NOT_FINITE = (\d+)", HEADER)[1])
+    assert kernel.autoclip_history_rank(history, nan, ctypes.byref(rank)) != 0
+    assert kernel.autoclip_history_percentile(history, nan, ctypes.byref(threshold)) != 0
+    kernel.autoclip_history_destroy(history)
 
 
 @pytest.fixture

@@ -280,8 +280,11 @@ def _check_state(state: Any, window: int | None, history: NormHistory | None) ->
         )
 
 
-def _wide(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+def _wide(leaf: Any) -> Array:
+    array = jnp.asarray(leaf)
+    # Eight bits promote to nothing by themselves.
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
+    return array.astype(jnp.float32 if narrow else jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _global_norm(updates: optax.Updates) -> Array:
@@ -294,6 +297,6 @@ def _global_norm(updates: optax.Updates) -> Array:
     return norm
 
 
-def _scaled(update: Array, scale: Array) -> Array:
+def _scaled(update: Any, scale: Array) -> Array:
     # Not a product alone: what is dropped may hold infinities.
-    return jnp.where(scale > 0.0, _wide(update) * scale, 0.0).astype(update.dtype)
+    return jnp.where(scale > 0.0, _wide(update) * scale, 0.0).astype(jnp.asarray(update).dtype)

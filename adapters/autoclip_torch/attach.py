@@ -12,7 +12,6 @@ Facts about optimizers that shaped this module:
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary, ref
@@ -20,13 +19,12 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
-from torch.nn.parameter import is_lazy
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, head, moved
+from autoclip_torch.gradients import as_tensor, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -36,6 +34,7 @@ from autoclip_torch.optimizers import (
     refuse_hidden_updates,
 )
 from autoclip_torch.pipeline import is_dropped
+from autoclip_torch.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from autoclip_torch.pipeline import Mode, Pipeline
 
 _ABSENT = object()
-# How many looks without a step make a warning: if parameters change, and if nothing does.
-_LATE, _IDLE = 3, 100
 _LEAST_FOLDED = 1e-30  # scale, whose inverse a float32 holds with a GradScaler's factor in it
 _clips: WeakKeyDictionary[Optimizer, AutoClip[Any]] = WeakKeyDictionary()
 
@@ -195,7 +192,6 @@ class StepHooks:
         pipeline.groups.hold(weakly=True)
         self._pipeline = pipeline
         self._optimizer = ref(optimizer)
-        self._name = name_of(optimizer)
         self._needs_closure = needs_closure(optimizer)
         # A step that is not torch's need not know of grad_scale, whatever it has inherited.
         self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
@@ -204,11 +200,7 @@ class StepHooks:
         self._gradients: Gradients | None = None  # of the step that is being made
         self._is_stepping = self._has_nested = False
         self._awaits_closure = False  # which this step has not called yet
-        self._steps = 0
-        self._look: tuple[Any, ...] | None = None  # what was seen when somebody looked for steps and found no new ones
-        self._looked_after = 0  # steps
-        self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
-        self._warned: set[str] = set()
+        self._watch = Watch(optimizer)
         self._untraced = _untraced_hooks()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -225,12 +217,13 @@ class StepHooks:
 
     def describe(self) -> str:
         """Return a few words about the optimizer."""
-        return f"attached to {self._name}" if self.is_on() else f"no longer attached to {self._name}"
+        return f"attached to {self._watch.name}" if self.is_on() else f"no longer attached to {self._watch.name}"
 
     def detach(self) -> None:
         """Leave the optimizer as it was."""
         for handle in self._handles:
             handle.remove()
+        self._watch.end()
         self._take_back()
         self._pipeline.groups.hold(weakly=False)
         optimizer = self._optimizer()
@@ -239,62 +232,8 @@ class StepHooks:
             del _clips[optimizer]  # type: ignore[arg-type]
 
     def look(self, *, at_start: bool) -> None:
-        """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see.
-
-        Args:
-            at_start: look only if there never was a step, and do not expect one at every look.
-        """
-        if at_start and self._steps:
-            return
-        optimizer = self._optimizer()
-        if optimizer is None:
-            self._warn(
-                f"The {self._name} to which this AutoClip was attached is gone, and its steps with it. A copy of an "
-                "optimizer, or a loaded one, is not attached: attach to that, and load_state_dict() this state."
-            )
-            return
-        if self._steps != self._looked_after:
-            self._looked_after, self._look, self._unseen, self._idle = self._steps, None, 0, 0
-            return
-        before, self._look = self._look, self._what_is_there(optimizer)
-        if before is None:
-            return
-        self._unseen += before[:2] != self._look[:2]
-        self._idle += before == self._look and not at_start
-        if self._unseen == _LATE:
-            self._warn(
-                f"The parameters of the {self._name} change, and AutoClip sees no step of it: nothing is clipped. Who "
-                "makes the updates? attached(optimizer) tells whether an optimizer has an AutoClip; a copy has none."
-            )
-        elif self._idle == _IDLE:
-            self._warn(
-                f"AutoClip has seen no step of its {self._name} during {_IDLE} calls of log(), and no new gradient "
-                "either. If another optimizer is used in its place (a copy has no AutoClip), attach to that."
-            )
-
-    def _what_is_there(self, optimizer: Optimizer) -> tuple[Any, ...]:
-        """Return numbers that change with the parameters, twice, and with the gradients."""
-        every = [param for group in optimizer.param_groups for param in group["params"]]
-        params = [param for param in every if not is_lazy(param) and not param.is_inference()]
-        versions = sum(param._version for param in params)
-        # Not every optimizer writes so that a version tells. Reading is waiting, so after the first step only a CPU is
-        # asked, where some elements will do.
-        plain = [
-            param.detach()
-            for param in params
-            if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
-        ]
-        if self._steps:
-            values: list[Any] = [head(param).tolist() for param in plain if param.is_cpu]
-        else:
-            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
-        grad = next((param.grad for param in params if param.grad is not None), None)
-        return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
-
-    def _warn(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=5)
+        """Warn, once, if the optimizer is gone, or if updates are made that the hooks do not see."""
+        self._watch.look(at_start=at_start)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -313,7 +252,7 @@ class StepHooks:
                 self._hidden = []
                 self._take_back()
         self._is_stepping, self._has_nested = True, False
-        self._steps += 1
+        self._watch.see_step()
         at = args[1] if len(args) > 1 else None
         closure: Callable[[], Any] | None = at if callable(at) else kwargs.get("closure")
         self._awaits_closure = closure is not None
@@ -349,9 +288,9 @@ class StepHooks:
         self._take_back()
         self._is_stepping = False
         if self._awaits_closure:
-            self._warn(
-                f"{self._name}.step() was given a closure and has not called it. AutoClip clips behind the closure, so "
-                "this update was not clipped; make the gradients before step(), and leave the closure out."
+            self._watch.warn(
+                f"{self._watch.name}.step() was given a closure and has not called it. AutoClip clips behind the "
+                "closure, so this update was not clipped; make the gradients before step(), and leave the closure out."
             )
 
     def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:

@@ -58,6 +58,8 @@ def _advice(subject: Any) -> str:
     held = _held(subject)
     if held:
         return f"attach to its {' or '.join(f'.{name} (a {name_of(inner)})' for name, inner in held.items())}"
+    if isinstance(subject, type):
+        return f"{subject.__name__} is a class: attach to the optimizer that {subject.__name__}(...) makes"
     if isinstance(subject, list | tuple | dict):
         return "attach to each optimizer by itself"
     if isinstance(subject, torch.nn.Module | Tensor):

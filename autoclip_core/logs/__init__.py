@@ -40,8 +40,9 @@ def read_log(source: str | Path | BinaryIO, columns: Sequence[str] = ()) -> list
     Args:
         source: a file, the folder of a run with TensorBoard's events, or a binary file that is open. A file may be CSV
             (separated by commas, semicolons, tabs or spaces; Lightning's, wandb's); JSON lines; a JSON document: a list
-            of numbers or records, the Trainer's `trainer_state.json`, Keras's `History.history`; .npy; .npz; parquet,
-            where pyarrow or pandas is installed; TensorBoard's events. It may be packed by gzip, bzip2 or xz.
+            of numbers or records, the Trainer's `trainer_state.json`, Keras's `History.history`; what a trainer
+            printed, each number behind its name; .npy; .npz; parquet, where pyarrow or pandas is installed;
+            TensorBoard's events. It may be packed by gzip, bzip2 or xz.
         columns: the names of the numbers; nested keys are joined by dots, columns without a name are numbered from 0.
             Empty: the one name that is likely.
 
@@ -95,8 +96,10 @@ def _read_file(file: BinaryIO, found: Found) -> None:
             binary.read_archive(_seekable(file, stream, head), found)
         elif head.startswith(b"PAR1"):
             binary.read_parquet(_seekable(file, stream, head), found)
-        elif events.is_events(head) or "tfevents" in name:
+        elif events.is_events(head) or ("tfevents" in name and not text.is_text(head)):
             events.read([(found.source, stream)], found)
+        elif head[257:262] == b"ustar":
+            raise AutoClipValueError(f"{found.source} is a tar archive; unpack it first.")
         else:
             text.read(stream, head, found)
 

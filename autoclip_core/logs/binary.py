@@ -35,7 +35,9 @@ def read_archive(file: BinaryIO, found: Found) -> None:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
             names = [member.removesuffix(".npy") for member in members]
             if not names:
-                raise AutoClipValueError(f"{found.source} is a zip archive without arrays of numpy; unpack it first.")
+                raise AutoClipValueError(
+                    f"{found.source} is a zip archive without arrays of numpy; unpack it, or save the norms as CSV."
+                )
             if len(names) == 1:
                 found.columns = found.columns or names
             for name, member in zip(names, members, strict=True):
@@ -139,4 +141,4 @@ def _read_by_pandas(file: BinaryIO, found: Found) -> None:
     for name, series in found.chosen().items():
         if columns[name].dtype == bool:
             raise AutoClipValueError(f"{name!r} in {found.source} is true or false, not a norm.")
-        series.norms = columns[name].to_numpy("float64", na_value=math.nan)
+        series.norms = columns[name].dropna().to_numpy("float64")

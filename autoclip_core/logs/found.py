@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
 # What loggers call it, from the most to the least certain: our own name first, then any name with both words.
 _NAMES = (
     *("grad_norm", "train/grad_norm", "train.grad_norm", "gradient_norm", "grad_2.0_norm_total", "total_grad_norm"),
-    "norm",
+    *("gnorm", "norm"),
 )
+# Names with such a word are of a setting, or of other norms.
+_NOT_ALL = {"max", "min", "clip", "clipped", "clipping"}
+# What repr and str make of numbers that are objects: np.float64(1.5), tensor(1.5, device='cuda:0').
+_wrapped = re.compile(r"[\w.]+\(\s*([^\s,()]+)\s*(?:,.*)?\)", re.DOTALL).fullmatch
 _MISSING = {"", "-", "na", "n/a", "<na>", "none", "null"}
 
 
@@ -47,15 +52,17 @@ class Series:
 
     def add(self, value: Any, where: str, at: int) -> None:
         """Keep a number, pass over a cell that is empty, count anything else."""
+        if isinstance(value, str):
+            value = value.strip()
+            if inner := _wrapped(value):
+                value = inner[1]
         try:
             self.norms.append(float(None if isinstance(value, bool) else value))  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            if value is None or (isinstance(value, str) and value.strip().lower() in _MISSING):
+            if value is None or (isinstance(value, str) and value.lower() in _MISSING):
                 return
             self.skipped += 1
-            self.first = (
-                self.first or f"{where} {at:,} with {shown(value.strip() if isinstance(value, str) else value)}"
-            )
+            self.first = self.first or f"{where} {at:,} with {shown(value)}"
 
 
 class Found:
@@ -74,14 +81,21 @@ class Found:
         try:
             return self.named[name]
         except KeyError:
-            wanted = name in self.columns if self.columns else _certainty(name) is not None
-            self.named[name] = Series() if wanted else None
+            self.named[name] = Series() if self.wants(name) else None
             return self.named[name]
+
+    def wants(self, name: str) -> bool:
+        """Tell whether numbers of this name are asked for, or likely."""
+        return name in self.columns if self.columns else _certainty(name) is not None
 
     def skip(self, what: str) -> None:
         """Count a row of which nothing can be read."""
         self.skipped += 1
         self.first = self.first or what
+
+    def may_be_cut(self, line: int, number: str) -> None:
+        """Tell of a number that is the last of a file, in a line without an end."""
+        self.notes.append(f"{self.source}: line {line:,} has no end, and {shown(number)} may be cut.")
 
     def chosen(self) -> dict[str, Series]:
         """Return the columns, or the one that is likely."""
@@ -126,12 +140,21 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_number(text: str) -> bool:
+    """Tell whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _certainty(name: str) -> int | None:
     """Tell how likely a name is that of the norms, 0 for most; None: it is not."""
-    plain = name.strip().lower().rpartition(" - ")[2]  # wandb exports "run - name"
+    plain = name.strip().lower().rpartition(" - ")[2].replace(" ", "_")  # wandb exports "run - name"
     if plain in _NAMES:
         return _NAMES.index(plain)
-    likely = "grad" in plain and "norm" in plain and not plain.endswith(("__min", "__max"))
+    likely = "grad" in plain and "norm" in plain and _NOT_ALL.isdisjoint(re.split("[^a-z]", plain))
     return len(_NAMES) if likely else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -113,16 +114,16 @@ def _closed(text: str) -> str:
 
 def _gather_document(content: Any, found: Found, prefix: str = "") -> None:
     """Take in a whole document: lists of numbers under a name, lists of records, and records in records."""
+    if _is_numbered(content) and not any(map(_is_numbered, content.values())):  # as pandas writes rows
+        content = list(content.values())
     if isinstance(content, dict):
         for key, value in content.items():
-            numbered = isinstance(value, dict) and value and all(map(str.isdecimal, value))  # pandas's columns
-            values = list(value.values()) if numbered else value
             if key == "log_history":  # the Trainer's state
-                _gather_document(values, found)
-            elif isinstance(values, (dict, list)):
-                _gather_document(values, found, f"{prefix}{key}.")
+                _gather_document(value, found)
+            elif isinstance(value, (dict, list)):
+                _gather_document(value, found, f"{prefix}{key}.")
             else:
-                _gather({key: values}, found, "record", 1, prefix)
+                _gather({key: value}, found, "record", 1, prefix)
     elif isinstance(content, list):
         name = prefix[:-1] or "norm"
         for number, item in enumerate(content, 1):
@@ -132,11 +133,18 @@ def _gather_document(content: Any, found: Found, prefix: str = "") -> None:
                 series.add(item, "item", number)
 
 
+def _is_numbered(content: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(map(str.isdecimal, content))
+
+
 def _gather(row: Any, found: Found, where: str, number: int, prefix: str = "") -> None:
-    """Take in one record; keys of records inside it are joined to theirs by a dot."""
-    items = row.items() if isinstance(row, dict) else enumerate(row) if isinstance(row, list) else ()
-    for key, value in items:
-        if isinstance(value, (dict, list)):
-            _gather(value, found, where, number, f"{prefix}{key}.")
-        elif series := found.under(f"{prefix}{key}"):
-            series.add(value, where, number)
+    """Take in one record, however deep; keys of records inside it are joined to theirs by a dot."""
+    waiting = deque([(prefix, row)])
+    while waiting:
+        before, inner = waiting.popleft()
+        items = inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ()
+        for key, value in items:
+            if isinstance(value, (dict, list)):
+                waiting.append((f"{before}{key}.", value))
+            elif series := found.under(f"{before}{key}"):
+                series.add(value, where, number)

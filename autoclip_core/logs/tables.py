@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, cast
 
 from autoclip_core.errors import AutoClipValueError
-from autoclip_core.logs.found import shown
+from autoclip_core.logs import messages
+from autoclip_core.logs.found import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
 
 # A quoted cell with more lines is none, and in a file with more quotes that are never closed they mean nothing.
 _INSIDE, _OPEN_QUOTES = 1000, 20
+_AHEAD = 1000  # lines by which it is told whether a text that looks odd as a table is one
 
 
 def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
-    """Read a table: a header and rows, or rows of numbers alone."""
+    """Read a table: a header and rows, or rows of numbers alone; or else numbers behind their names."""
+    found.columns = [column.strip() for column in found.columns]
     remark = ""
     top: list[tuple[int, str]] = []
     for number, line in lines:
         if line.startswith("#") and not top:  # numpy marks even the header so
             remark = line.lstrip("# ")
-        else:
+        elif top or not _names_delimiter(line):
             top.append((number, line))
             if len(top) == 2:
                 break
@@ -34,25 +37,31 @@ def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
         raise AutoClipValueError(f"{found.source} is empty.")
     split = _splitter([line for _, line in top])
     header = [cell.strip() for cell in split(top[0][1])[0]]
-    if not all(map(_is_number, header)):
-        del top[0]
+    while header and not header[-1]:
+        header.pop()
+    first = 0  # of the rows
+    if not all(map(is_number, header)):
+        first = 1
     elif remark and len(split(remark)[0]) == len(header):
         header = split(remark)[0]
     else:
         header = ["norm"] if len(header) == 1 else list(map(str, range(len(header))))
-    while header and not header[-1]:
-        header.pop()
     for at, name in enumerate(header):  # what is there twice gets a number
         if name in header[:at]:
             header[at] = next(new for new in (f"{name}.{i}" for i in count(1)) if new not in header)
-    found.columns = [column.strip() for column in found.columns]
+    if not _is_table(header, [split(line)[0] for _, line in top[first:]], found):
+        top += islice(lines, _AHEAD)
+        if messages.stand_in(top, found) or not any(map(found.wants, header)):
+            messages.read(chain(top, lines), found)
+            if any(found.named.values()):
+                return
     for name in header:
         found.under(name)
     chosen = found.chosen()
     places = [(header.index(name), series) for name, series in chosen.items()]
     width = len(header)
     headers = []
-    for number, cells, has_end in _rows(chain(top, lines), split, width, [at for at, _ in places], found):
+    for number, cells, has_end in _rows(chain(top[first:], lines), split, width, [at for at, _ in places], found):
         if len(cells) != width and not (again := _places(cells, chosen)):
             if len(cells) > width and any(map(str.strip, cells[width:])):
                 found.skip(f"line {number:,}, which has {len(cells)} cells where the header has {width}")
@@ -68,15 +77,27 @@ def read(lines: Iterator[tuple[int, str]], found: Found) -> None:
                     places, width = again, len(cells)
                     headers.append(number)
                     break
-                series.add(cells[at].replace(",", ".") if split.delimiter == ";" else cells[at], "line", number)
+                series.add(split.with_point(cells[at]), "line", number)
         if not has_end and any(at >= min(len(cells), width) - 1 for at, _ in places):
-            found.notes.append(f"{found.source}: line {number:,} has no end, and {shown(cells[-1])} may be cut.")
+            found.may_be_cut(number, cells[-1])
     if headers:
         found.notes.append(
             f"{found.source}: the header stands again in line {headers[0]:,}"
             + (f" and {len(headers) - 1:,} more" if len(headers) > 1 else "")
             + ": several runs in one file, read as one."
         )
+
+
+def _names_delimiter(line: str) -> bool:
+    """Tell whether a first line is the one by which Excel is told the delimiter."""
+    return line.startswith("sep=") and len(line.strip("\r\n")) <= len("sep=;")
+
+
+def _is_table(header: Sequence[str], rows: Sequence[Sequence[str]], found: Found) -> bool:
+    """Tell whether a wanted name stands in the header, and a number or nothing below it."""
+    places = [at for at, name in enumerate(header) if found.wants(name)]
+    cells = [row[at].strip() for row in rows for at in places if at < len(row)]
+    return bool(cells) and all(not cell or is_number(cell) for cell in cells)
 
 
 def _places(cells: Sequence[str], chosen: Mapping[str, Series]) -> list[tuple[int, Series]]:
@@ -94,6 +115,10 @@ class _Splitter:
         inside, end = (r"\S", r"(\s+|$)") if delimiter is None else (f"[^{delimiter}]", f"({delimiter}|$)")
         self.closes = re.compile(rf'"\s*{end}').search  # where a quoted cell may end
         self._cell = re.compile(rf'[^\S\n\t]*"([^"]*(?:""[^"]*)*)"\s*{end}|({inside}*){end}')
+
+    def with_point(self, cell: str) -> str:
+        """Return a number with a decimal point, where a comma separates no cells."""
+        return cell if self.delimiter == "," or "." in cell else cell.replace(",", ".")
 
     def __call__(self, line: str) -> tuple[list[str], bool]:
         """Return the cells, and whether a quote is never closed; it is a letter like others then."""
@@ -136,7 +161,7 @@ def _rows(
     open_quotes, first = 0, 0
 
     def is_row(cells: Sequence[str]) -> bool:
-        return len(cells) == width > 1 and any(_is_number(cells[at]) for at in places)
+        return len(cells) == width > 1 and any(is_number(cells[at]) for at in places)
 
     while item := waiting.popleft() if waiting else next(lines, None):
         number, line = item
@@ -166,11 +191,3 @@ def _rows(
     if open_quotes:
         what = "a quote is" if open_quotes == 1 else f"{open_quotes:,} quotes are"
         found.notes.append(f"{found.source}: {what} never closed (line {first:,}), and read as a letter.")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -25,23 +25,35 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_JSON = re.compile(r"""\s*(\{\s*(["}]|$)|\[\s*(["{\[\]tfnNI]|$|-?[\d.]+(e[-+]?\d+)?\s*([,\]]|$)))""", re.IGNORECASE)
 _NOT_TEXT = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\ufffd]")
 
 
+def is_text(head: bytes) -> bool:
+    """Tell by its first bytes whether a file is text."""
+    start, _ = _decoded(head)
+    return not head or 10 * len(_NOT_TEXT.findall(start)) < len(start)
+
+
 def read(stream: BinaryIO, head: bytes, found: Found) -> None:
-    """Read a table, or JSON."""
-    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), "utf-8")
-    start = codecs.getincrementaldecoder(encoding)("replace").decode(head)
-    start = start.rstrip("\0")  # which a crash of the machine leaves at the end
-    if head and 10 * len(_NOT_TEXT.findall(start)) >= len(start):
-        raise AutoClipValueError(f"{found.source} is neither text nor an array, and cannot be read.")
+    """Read JSON, or a table, or what was printed."""
+    if not is_text(head):
+        raise AutoClipValueError(f"{found.source} is neither text nor an array; save the norms as CSV, JSON or .npy.")
+    start, encoding = _decoded(head)
     # One kind of line end: the others may stand inside a cell, as progress bars do.
     newline = "\n" if "\n" in start or "\r" not in start else "\r"
     lines = _lines(TextIOWrapper(stream, encoding, "replace", newline), found)
-    if start.lstrip()[:1] in ("[", "{"):
+    if _JSON.match(start):
         records.read(lines, found)
     else:
         tables.read(lines, found)
+
+
+def _decoded(head: bytes) -> tuple[str, str]:
+    """Return the first characters, and their encoding."""
+    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), "utf-8")
+    start = codecs.getincrementaldecoder(encoding)("replace").decode(head)
+    return start.rstrip("\0"), encoding  # zeros are what a crash of the machine leaves at the end
 
 
 def _lines(file: TextIO, found: Found) -> Iterator[tuple[int, str]]:

@@ -756,6 +756,15 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
         AutoClipOptimizer(inner())
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_accumulation_is_for_one_replica(monkeypatch, replicas):
+    monkeypatch.setattr("autoclip_tensorflow.optimizer.count_replicas", lambda: replicas)
+    optimizer, plain = (make_optimizer(gradient_accumulation_steps=steps) for steps in (2, None))
+    plain.build([keras.Variable([1.0])])
+    with nullcontext() if replicas == 1 else pytest.raises(AutoClipValueError, match=f"but there are {replicas}"):
+        optimizer.build([keras.Variable([1.0])])
+
+
 def test_accumulation_over_less_than_two_batches_is_refused():
     for steps in (1, 0, -2, 2.5, 2**31):
         with pytest.raises(AutoClipValueError, match=f"at least 2, or None, but {steps} was given"):

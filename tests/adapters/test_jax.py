@@ -252,6 +252,20 @@ def test_update_is_scaled_in_float32_and_keeps_its_type():
     assert state.clip_scale == np.float32(1) / np.float32(3)
 
 
+def test_leaves_of_every_kind_that_has_a_norm():
+    """Eight bits promote to nothing in JAX; numpy's float64 and plain numbers are arrays as soon as they are used."""
+    eight = jnp.array([2.0, -1.0], jnp.float8_e4m3fn)
+    tx = autoclip(percentile=0.0)
+    state = tx.init(None)
+    _, state = tx.update({"eight": eight, "numpy": np.full(4, 1.0), "number": 4.0}, state)
+    updates, state = tx.update({"eight": eight * 2, "numpy": np.full(4, 2.0), "number": 8.0}, state)
+    assert float(metrics(state)["clip_threshold"]) == 5.0
+    assert updates["eight"].dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(updates["eight"].astype(jnp.float32), [2.0, -1.0])
+    np.testing.assert_array_equal(updates["numpy"], np.full(4, 1.0))
+    assert updates["number"] == 4.0
+
+
 def test_half_updates_are_scaled_with_all_digits_of_the_scale():
     tx = autoclip(0.0, window=4)
     grad = jnp.linspace(0.1, 1, 500).astype(jnp.bfloat16)
@@ -260,6 +274,10 @@ def test_half_updates_are_scaled_with_all_digits_of_the_scale():
     wide, scale = (3 * grad).astype(jnp.float32), state.clip_scale
     np.testing.assert_array_equal(updates, (wide * scale).astype(jnp.bfloat16))
     assert (updates != (wide * scale.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)).any()
+
+
+def test_window_is_that_of_what_was_saved_with_the_default():
+    assert autoclip().init(jnp.zeros(1)).norms.shape == (2, 131_072)
 
 
 def test_window_of_the_largest_size_is_taken():

@@ -211,6 +211,14 @@ def test_variables_are_not_trained():
     assert not AutoClip().trainable_variables
 
 
+def test_module_has_the_name_that_it_is_given():
+    assert AutoClip(name="clipper").name == "clipper"
+
+
+def test_window_is_that_of_what_was_saved_with_the_default():
+    assert [variable.shape for variable in AutoClip().variables if variable.shape.rank == 2] == [(2, 16_384)]
+
+
 def test_history_is_not_kept_by_the_steps_that_used_it():
     history = NormHistory()
     clip = AutoClip(history=history)

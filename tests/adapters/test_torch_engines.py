@@ -5,13 +5,13 @@ DeepSpeed is not installed here. A stand-in has the private names that it uses, 
 
 import warnings
 from math import inf, nan
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach, deepspeed
 from autoclip_torch.agreement import Agreement
+from autoclip_torch.gradients import Gradients
 from torch import nn
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NonFiniteNormError
@@ -373,14 +373,17 @@ def test_ranks_compare_often_at_first_and_rarely_later():
 def test_copies_of_one_gradient_are_suspected_where_there_is_a_norm(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
 
-    def suspects(*squares):
-        pipeline = AutoClip(nn.Linear(1, 1))._pipeline
+    def suspects(squares):
+        param = nn.Parameter(torch.zeros(1))
+        clip = AutoClip(param)
+        param.grad = torch.ones(1)
+        clip._pipeline._may_be_copies = True
+        monkeypatch.setattr(Gradients, "joint", torch.tensor(squares, dtype=torch.float64))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for pair in squares:
-                pipeline._may_be_copies = True
-                pipeline._suspect_copies(SimpleNamespace(joint=torch.tensor(pair, dtype=torch.float64)))
-        return [str(warning.message) for warning in caught], pipeline._may_be_copies
+            clip.step()
+        assert {warning.filename for warning in caught} <= {__file__}
+        return [str(warning.message) for warning in caught], clip._pipeline._may_be_copies
 
     for none in ((0.0, 0.0), (inf, inf), (nan, nan)):
         assert suspects(none) == ([], True)

@@ -408,6 +408,11 @@ def scheduled_without_init(params):
             r"StepLR is none; attach to its \.optimizer",
         ),
         (lambda p: nn.Linear(1, 1), AutoClipTypeError, "Linear is none; attach to its optimizer"),
+        (
+            lambda p: torch.optim.SGD,
+            AutoClipTypeError,
+            r"SGD is a class: attach to the optimizer that SGD\(\.\.\.\) makes",
+        ),
         (lambda p: object(), AutoClipTypeError, r"builtins.object is none; .* call AutoClip\(parameters\)"),
     ],
 )
@@ -599,6 +604,54 @@ def test_updates_that_are_not_seen_are_said_once(steps, data):
     with pytest.warns(RuntimeWarning, match="parameters of the torch.optim.sgd.SGD change, and AutoClip sees no step"):
         update_and_log()
     update_and_log()
+
+
+def train_by_hand(model, batches):
+    """What an optimizer does whose step() somebody has replaced."""
+    for number in range(batches):
+        backward(model, number)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.sub_(param.grad, alpha=0.01)
+
+
+def train(model, optimizer, batches):
+    for number in range(batches):
+        backward(model, number)
+        optimizer.step()
+
+
+def test_updates_that_are_not_seen_are_said_without_a_log():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attach(optimizer)
+    with pytest.warns(RuntimeWarning, match="SGD change, and AutoClip sees no step") as warned:
+        train_by_hand(model, 16)
+    assert warned[0].filename == __file__
+    train_by_hand(model, 50)  # said once
+
+
+def test_nobody_watches_backward_after_the_first_step_or_detach():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attach(optimizer).detach()
+    train_by_hand(model, 50)
+    attach(optimizer)
+    for number in range(100):  # accumulating
+        model(torch.full((2, 4), float(number))).square().mean().backward()
+    optimizer.step()
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+    train_by_hand(model, 50)
+
+
+def test_another_optimizer_with_an_autoclip_makes_the_first_updates():
+    model = make_model()
+    first = torch.optim.Adam(model.parameters(), lr=0.01)
+    second = torch.optim.SGD(model.parameters(), lr=0.01)
+    clips = attach(first), attach(second)
+    train(model, first, 20)
+    train(model, second, 20)
+    assert [clip.steps for clip in clips] == [20, 20]
 
 
 def test_steps_that_stay_away_are_said_once():

@@ -35,6 +35,8 @@ NOT_A_NUMBER = [
     (np.array([1.0]), "array([1.]) (ndarray)"),
     (np.array(1.0), "array(1.) (ndarray)"),
     ("9" * 1000, "99... (str)"),
+    (np.timedelta64(3), "timedelta64"),
+    (np.timedelta64(3, "D"), "timedelta64"),
 ]
 NOT_FINITE = [
     (nan, "nan"),
@@ -62,11 +64,14 @@ NOT_A_COUNT = [
     (1j, "1j (complex)"),
     (True, "True (bool)"),
     ([3], "[3] (list)"),
+    (np.timedelta64(3), "timedelta64"),
 ]
 NOT_AN_ARRAY_OF_NUMBERS = [
     (["1.0"], "<U3"),
-    ("1.0", "<U3"),
-    (b"1", "|S1"),
+    ("1.0", "'1.0' (str)"),
+    (b"1", "b'1' (bytes)"),
+    (bytearray(b"1"), "(bytearray)"),
+    ({1.0: 2.0}, "{1.0: 2.0} (dict)"),
     (None, "object"),
     ([1.0, None], "None (NoneType)"),
     ([1.0, 2j], "complex128"),

@@ -292,6 +292,20 @@ def test_plot_leaves_nothing_behind_where_it_fails(norms, tmp_path, absent, run_
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_picture_that_needs_another_program_is_refused(norms, tmp_path, absent, run_main, monkeypatch):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        absent("matplotlib is not installed")
+
+    def savefig(*arguments, **options):
+        raise RuntimeError("'xelatex' not found")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    done = run_main("replay", norms, "--plot", tmp_path / "a.pgf")
+    assert (done.code, done.stderr) == (1, f"autoclip: {tmp_path / 'a.pgf'} cannot be drawn: 'xelatex' not found.\n")
+
+
 @pytest.mark.parametrize("json", [(), ("--json",)])
 def test_the_table_needs_no_matplotlib(json, norms, tmp_path, run_main, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
@@ -391,6 +405,29 @@ def test_inspect_shows_what_a_snapshot_holds(window, tmp_path):
     ascii_only = autoclip("inspect", path, PYTHONIOENCODING="ascii").stdout
     assert ascii_only.isascii()
     assert "###" in ascii_only
+
+
+def test_inspect_reads_standard_input(tmp_path):
+    history = NormHistory()
+    history.extend([1.0, 2.0])
+    path = tmp_path / "\x1b[31m.ach"
+    path.write_bytes(history.to_bytes())
+    assert (
+        autoclip("inspect", path)
+        .stdout.splitlines()[0]
+        .endswith("\\x1b[31m.ach: sound, 2 norms, the whole history, 88 bytes")
+    )
+    with path.open("rb") as file:
+        assert autoclip("inspect", "-", stdin=file).stdout.startswith("standard input: sound, 2 norms")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs a file without end")  # noqa: PTH110
+def test_inspect_reads_no_more_than_the_first_bytes_of_what_is_no_snapshot():
+    done = autoclip("inspect", "/dev/zero")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "autoclip: /dev/zero is not a snapshot; one is written from NormHistory.to_bytes().\n",
+    )
 
 
 def test_inspect_prints_to_the_letter(tmp_path):

@@ -1,7 +1,7 @@
 """Small faults put into the kernel, the core and the adapters, one at a time: the tests must notice.
 
     python -P tests/programs/mutation.py --count 220
-    python -P tests/programs/mutation.py --count 150 --under adapters
+    python -P tests/programs/mutation.py --count 150 --under adapters --kept build/mutants
 
 A mutant is a changed operator or constant, a swapped condition, a statement left out. Those of the kernel are judged by
 the C tests, with tiny nodes, with the real ones, and under ASan and UBSan; those of the core by the Python tests, in a
@@ -10,11 +10,13 @@ unless --under says so, for their tests take minutes. The same seed gives the sa
 were edited. What no test can tell from the original is named in register.toml.
 
 Judging is quick because most mutants die at once: the tests that know a file best go first, and the rest are run only
-for what survives them.
+for what survives them. Mutants of the adapters still take hours; with --kept a run goes on where another ended.
 """
 
 import argparse
 import ast
+import gc
+import hashlib
 import io
 import json
 import os
@@ -26,13 +28,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tokenize
 import tomllib
 from collections import Counter
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,7 +81,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_tensorflow/graph.py": "test_tensorflow",
     "autoclip_tensorflow/logger.py": "keras_suite",
     "autoclip_tensorflow/optimizer.py": "keras_suite",
-    "autoclip_tensorflow/state.py": "test_tensorflow keras_suite",
+    "autoclip_tensorflow/state.py": "test_tensorflow",
     "autoclip_torch/agreement.py": _TORCH,
     "autoclip_torch/attach.py": _TORCH,
     "autoclip_torch/clip.py": _TORCH,
@@ -101,6 +102,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/skorch.py": "test_torch_callbacks",
     "autoclip_torch/stable_baselines3.py": "test_torch_callbacks",
     "autoclip_torch/transformers.py": "test_transformers",
+    "autoclip_torch/watch.py": "test_torch_zoo",
 }
 # Of these no mutants are made: pictures are judged by looking at them, demos by what they print; the rest are names.
 WITHOUT_MUTANTS = {"__init__.py", "plot.py", "demo.py"}
@@ -108,9 +110,9 @@ WITHOUT_MUTANTS = {"__init__.py", "plot.py", "demo.py"}
 ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax": "test_jax_processes"}
 # What every run would import again, and no mutant changes.
 FRAMEWORKS = {
-    "autoclip_torch": "pytest hypothesis torch._dynamo",
-    "autoclip_jax": "pytest hypothesis jax optax",
-    "autoclip_tensorflow": "pytest hypothesis tensorflow torch",
+    "autoclip_torch": "pytest hypothesis autoclip_core torch._dynamo",
+    "autoclip_jax": "pytest hypothesis autoclip_core jax optax",
+    "autoclip_tensorflow": "pytest hypothesis autoclip_core tensorflow torch",
 }
 # What takes long, and judges what the rest of the contract judges too.
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
@@ -347,8 +349,11 @@ def mutants(count, seed=0, under=""):
     """
     sizes = {"kernel": count - count * 4 // 11 - count // 11, "core": count * 4 // 11, "Numba": count // 11}
     if under.startswith("adapters"):
-        sizes = dict.fromkeys(("autoclip_jax", "autoclip_tensorflow"), count // 6)
-        sizes["autoclip_torch"] = count - 2 * (count // 6)
+        sizes = {
+            "autoclip_torch": count - 2 * (count // 6),
+            "autoclip_jax": count // 6,
+            "autoclip_tensorflow": count // 6,
+        }
         if under.startswith("adapters/"):
             sizes = dict.fromkeys(sizes, count)
     seen = Counter()
@@ -498,40 +503,96 @@ class CoreTests:
 
 
 class LinesOfTests:
-    """For pytest: writes down which lines of the files in a folder each test runs, and in how many seconds.
+    """For pytest: which lines of the files in a folder each test runs, and in how many seconds.
 
     The first entry, of no test, has what runs when the files are imported.
     """
 
     def __init__(self, folder, wanted):
-        self.folder, self.wanted = f"{folder}/", wanted
-        self.begin()
+        self.folder, self.wanted = folder, wanted
+        self.coverage = import_module("coverage").Coverage(data_file=None, config_file=False, include=[f"{folder}/*"])
+        self.seconds, self.began = {"": 0.0}, 0.0
+        self.coverage.start()
 
-    def begin(self):
-        self.seen, self.began = set(), time.monotonic()
-        threading.settrace(self.see_call)
-        sys.settrace(self.see_call)
-
-    def end(self, test):
-        sys.settrace(None)
-        with self.wanted.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([test, time.monotonic() - self.began, sorted(self.seen)]) + "\n")
-
-    def pytest_collection_finish(self):
-        self.end("")
-
-    def pytest_runtest_logstart(self):
-        self.begin()
+    def pytest_runtest_logstart(self, nodeid):
+        self.began = time.monotonic()
+        self.coverage.switch_context(nodeid)
 
     def pytest_runtest_logfinish(self, nodeid):
-        self.end(nodeid)
+        self.seconds[nodeid] = time.monotonic() - self.began
 
-    def see_call(self, frame, *_):
-        return self.see_line if frame.f_code.co_filename.startswith(self.folder) else None
+    def pytest_sessionfinish(self):
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        seen = {test: [] for test in self.seconds}
+        for file in data.measured_files():
+            name = Path(file).relative_to(self.folder).as_posix()
+            for line, tests in data.contexts_by_lineno(file).items():
+                for test in tests:
+                    seen[test].append((name, line))
+        learned = [(test, self.seconds[test], lines) for test, lines in seen.items()]
+        self.wanted.write_text(json.dumps(learned), encoding="utf-8")
 
-    def see_line(self, frame, *_):
-        self.seen.add((frame.f_code.co_filename.removeprefix(self.folder), frame.f_lineno))
-        return self.see_line
+
+class FirstFailure:
+    """For pytest: writes down the first test that fails, or the file that cannot be imported."""
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.wanted.exists():
+            self.wanted.write_text(report.nodeid, encoding="utf-8")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def digest(*texts):
+    """A short name for what texts say."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+class Verdicts:
+    """Which test killed each mutant, kept in a file, for a campaign that goes on where another ended.
+
+    A verdict stands until the changed file is edited, or the tests that gave it: of a mutant that died the file of
+    the test that killed it, of one that survived every file of tests that know it.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.entries = {entry["mutant"]: entry for entry in map(json.loads, lines)}
+        self.kills = Counter(entry["killer"] for entry in self.entries.values())
+
+    def find(self, mutant):
+        """The entry of a mutant whose verdict stands; else None."""
+        entry = self.entries.get(digest(mutant.name, mutant.apply()))
+        return entry if entry and entry["judges"] == self.digest_of(entry["files"]) else None
+
+    def killer_of(self, mutant):
+        """The test that killed it, before the tests were edited."""
+        return self.entries.get(digest(mutant.name, mutant.apply()), {}).get("killer")
+
+    def add(self, mutant, killer, files):
+        """The killer is None of a mutant that survived, and "" of one that ended every test, or its time."""
+        files = [killer.partition("::")[0]] if killer else sorted(files)
+        named = digest(mutant.name, mutant.apply())
+        entry = {
+            "mutant": named,
+            "killer": killer,
+            "files": files,
+            "judges": self.digest_of(files),
+            "what": str(mutant),
+        }
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.entries[named] = entry
+        self.kills[killer] += 1
+
+    def digest_of(self, files):
+        return digest(*(source_of(ROOT / file) if (ROOT / file).exists() else "" for file in files))
 
 
 class AdapterTests:
@@ -541,16 +602,21 @@ class AdapterTests:
     a framework takes longer than to kill most mutants.
     """
 
-    def __init__(self, folder):
+    FIRST = 8  # tests that are run before the others: mostly they are enough
+
+    def __init__(self, folder, kept=None):
         self.folder, self.site = folder, folder / "adapters"
+        self.kept = kept or folder
+        self.verdicts = Verdicts(self.kept / "verdicts.jsonl")
         for package in FRAMEWORKS:
             assert package not in sys.modules, f"{package} is imported already, so no mutant of it would be"
             installed = Path(find_spec(package).origin).parent
             shutil.copytree(installed, self.site / package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.known = {}  # of each file: its tests, with the seconds and the lines of each; the seconds that all take
+        self.known = {}  # of each file: its tests, with the seconds and the lines of each
 
-    def passes(self, tests, on, patience=600, plugins=()):
-        """Whether tests pass in so many seconds of the processor, and how many they took."""
+    def run(self, tests, on, patience=600, plugin=lambda: None):
+        """Whether tests pass in so many seconds of the processor."""
+        gc.freeze()  # or each child goes through all that the parent holds, again and again
         child = os.fork()
         if child == 0:
             with suppress(BaseException):
@@ -562,64 +628,90 @@ class AdapterTests:
                 os.chdir(ROOT)
                 os.environ |= {"AUTOCLIP_BACKEND": "native", "KERAS_BACKEND": on, "TF_CPP_MIN_LOG_LEVEL": "3"}
                 os.environ |= {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1"}
+                os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer than most tests
                 sys.path.insert(0, str(self.site))
                 sys.dont_write_bytecode = True
-                options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=hasty", "-k", LONG]
+                options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LONG]
+                options += ["-p", "_hypothesis_pytestplugin", "--hypothesis-profile=hasty"]
                 options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
-                os._exit(import_module("pytest").main([*options, *tests], plugins))
+                os._exit(import_module("pytest").main([*options, *tests], [plugin()]))
             os._exit(1)
-        _, status, used = os.wait4(child, 0)
+        _, status, _ = os.wait4(child, 0)
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-        return status == 0, used.ru_utime + used.ru_stime
+        return status == 0
 
-    def learn(self, name, on):
+    def killer(self, tests, on, patience):
+        """The test that fails, "" if none of them came to an end; None if all pass."""
+        wanted = self.folder / "killer"
+        wanted.unlink(missing_ok=True)
+        if self.run(tests, on, patience, lambda: FirstFailure(wanted)):
+            return None
+        return wanted.read_text(encoding="utf-8") if wanted.exists() else ""
+
+    def learn(self, file, kind, on):
         """What each test of a file runs."""
-        if (name, on) not in self.known:
-            wanted = self.folder / f"{name}-{on}.jsonl"
-            passed, seconds = self.passes([f"tests/adapters/{name}.py"], on, plugins=[LinesOfTests(self.site, wanted)])
-            assert passed, f"fails without a mutant: {name}, Keras on {on}"
-            lines = [json.loads(line) for line in wanted.read_text(encoding="utf-8").splitlines()]
-            self.known[name, on] = [(test, took, {*map(tuple, seen)}) for test, took, seen in lines], seconds
-        return self.known[name, on]
+        if (file, on) not in self.known:
+            sources = [source.read_text(encoding="utf-8") for source in sorted((self.site / kind).glob("*.py"))]
+            wanted = self.kept / f"lines-{digest(file, on, source_of(ROOT / file), *sources)}.json"
+            if not wanted.exists():
+                assert self.run([file], on, plugin=lambda: LinesOfTests(self.site, wanted)), (
+                    f"fails without a mutant: {file}, Keras on {on}"
+                )
+            learned = json.loads(wanted.read_text(encoding="utf-8"))
+            self.known[file, on] = [(test, took, {*map(tuple, seen)}) for test, took, seen in learned]
+        return self.known[file, on]
 
     def survives(self, mutant):
         try:
             compile(mutant.apply(), mutant.file.name, "exec")
         except SyntaxError:
             return None
+        if entry := self.verdicts.find(mutant):
+            return entry["killer"] is None
         for framework in FRAMEWORKS[mutant.kind].split():
             import_module(framework)
         name = mutant.file.relative_to(ADAPTERS).as_posix()
         on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
-        known = [self.learn(each, on) for each in ADAPTERS_KNOWN_BY[name].split()]
+        files = [f"tests/adapters/{test}.py" for test in ADAPTERS_KNOWN_BY[name].split()]
         lines = {(name, line) for line in mutant.lines()}
-        every = sorted((each for tests, _ in known for each in tests), key=lambda each: each[1])
-        at_import = any(lines & seen for test, _, seen in every if not test)
-        tests = [test for test, _, seen in every if test and (at_import or lines & seen)]
-        if not tests and mutant.kind in ADAPTERS_ELSEWHERE:
-            tests = [f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"]
-        if not tests:
-            return True
+        known = [each for file in files for each in self.learn(file, mutant.kind, on)]
+        at_import = any(lines & seen for test, _, seen in known if not test)
+        took = {test: seconds for test, seconds, seen in known if test and (at_import or lines & seen)}
+        if not took and mutant.kind in ADAPTERS_ELSEWHERE:
+            files = [f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"]
+            took = dict.fromkeys(files, 0.0)
+        # What killed this mutant before, then what kills most in its time.
+        before, kills = self.verdicts.killer_of(mutant), self.verdicts.kills
+        tests = sorted(took, key=lambda test: (test != before, (0.1 + took[test]) / (1 + kills[test])))
         changed = self.site / mutant.file.relative_to(ADAPTERS)
         changed.write_text(mutant.apply(), encoding="utf-8")
+        killer, patience = None, 60 + sum(seconds for _, seconds, _ in known)
         try:
-            return self.passes(tests, on, 60 + sum(seconds for _, seconds in known))[0]
+            for some in (tests[: self.FIRST], tests[self.FIRST :]):
+                if some and killer is None:
+                    killer = self.killer(some, on, patience)
         finally:
             changed.write_text(source_of(mutant.file), encoding="utf-8")
+        self.verdicts.add(mutant, killer, files)
+        return killer is None
 
 
 TESTS_OF = {"kernel": KernelTests, "core": CoreTests, "Numba": CoreTests}  # and of the adapters theirs
 
 
-def campaign(count, seed=0, say=lambda line: None, under=""):
-    """The mutants that were judged, and those of them that survived; what does not compile is no mutant."""
+def campaign(count, seed=0, say=lambda line: None, under="", kept=None):
+    """The mutants that were judged, and those of them that survived; what does not compile is no mutant.
+
+    A folder keeps the verdicts on the adapters, for the next campaign.
+    """
     judged, survived = [], []
     with tempfile.TemporaryDirectory() as folder:
         tests_of = cache(lambda tests: tests(Path(folder)))
+        of_adapters = partial(AdapterTests, kept=kept)
         for mutant in mutants(count, seed, under):
             began = time.monotonic()
-            verdict = tests_of(TESTS_OF.get(mutant.kind, AdapterTests)).survives(mutant)
+            verdict = tests_of(TESTS_OF.get(mutant.kind, of_adapters)).survives(mutant)
             if verdict is None:
                 continue
             judged.append(mutant)
@@ -647,8 +739,13 @@ def main():
     parser.add_argument("--count", type=int, default=220)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--under", default="", metavar="PATH", help="only of files whose names begin so")
+    parser.add_argument(
+        "--kept", type=Path, metavar="FOLDER", help="keep verdicts on the adapters in it, and go by them"
+    )
     options = parser.parse_args()
-    judged, survived = campaign(options.count, options.seed, lambda line: print(line, flush=True), options.under)
+    judged, survived = campaign(
+        options.count, options.seed, lambda line: print(line, flush=True), options.under, options.kept
+    )
     print("\n".join(report(judged, survived)))
     explained = [mutant for mutant in judged if reason_of(mutant)]
     return len(survived) > len(judged) / 10 or {*survived} != {*explained}
