@@ -63,7 +63,7 @@ KNOWN_BY = {
     "replay.py": "test_replay",
     **{
         f"logs/{name}.py": "test_logs"
-        for name in ("__init__", "binary", "events", "found", "records", "tables", "text")
+        for name in ("__init__", "binary", "events", "found", "messages", "records", "tables", "text")
     },
 }
 # The tests that may judge a file of the adapters: of them those that run what was changed, quick ones first.
