@@ -1,8 +1,8 @@
 """Train with every library that people train with, and write down what came out: `make trainers`.
 
 Each family has a folder here: requirements.txt, and programs of one library each, which begin with `with_`. A program
-runs in two processes, of which the second resumes the checkpoint of the first; harness.py beside it says what is
-checked. What fails fails the run; a library that cannot be installed is named.
+runs in two processes, of which the second resumes the checkpoint of the first. checks.py says what is checked, and
+harness.py beside a program how updates are seen. What fails fails the run; a library that cannot be installed is named.
 
 In a program, what a user adds stands between `# page` and `# end of page`, and the first line of its docstring says
 what that is: adapters/TRAINERS.md has both, and is brought up to date at the end.
@@ -27,10 +27,10 @@ import matrix  # noqa: E402
 
 RESULTS = ROOT / "bench/results/trainers"
 PAGE = ROOT / "adapters/TRAINERS.md"
-SECONDS = 300  # for one process
+SECONDS = 600  # for one process
 
 # What is installed for each family, with the versions of constraints.txt.
-FAMILIES = {"torch": ".[lightning,transformers]"}
+FAMILIES = {"torch": ".[lightning,transformers]", "jax": ".[jax]"}
 
 
 def install(family):
@@ -72,15 +72,23 @@ def programs_of(family):
     return sorted((HERE / family).glob("with_*.py"))
 
 
+def backends_of(program):
+    """The backends of Keras on which a program is to be run, if it says so."""
+    named = re.search(r"^BACKENDS = (.*)$", program.read_text(encoding="utf-8"), re.MULTILINE)
+    return ast.literal_eval(named[1]) if named else [""]
+
+
 def try_library(python, program):
-    """Run a program in two processes; return a result for each of its cases."""
-    with tempfile.TemporaryDirectory() as folder:
-        cases = {}
-        for what in ("train", "resume"):
-            command = [python, "-W", "ignore", program, what, folder]
-            own = {"AUTOCLIP_BACKEND": "native"}
-            for result in matrix.run(f"{program.stem} {what}", [(command, own)], Path(folder), SECONDS):
-                cases.setdefault((result["library"], result["case"]), {}).update(result)
+    """Run a program in two processes, on each backend; return a result for each of its cases."""
+    cases = {}
+    for backend in backends_of(program):
+        own = {"AUTOCLIP_BACKEND": "native", "PYTHONPATH": str(HERE)} | ({"KERAS_BACKEND": backend} if backend else {})
+        with tempfile.TemporaryDirectory() as folder:
+            for what in ("train", "resume"):
+                command = [python, "-W", "ignore", program, what, folder]
+                title = " ".join(filter(None, (program.stem, backend, what)))
+                for result in matrix.run(title, [(command, own)], Path(folder), SECONDS):
+                    cases.setdefault((result["library"], result["case"]), {}).update(result)
     assert cases, f"{program.stem} reports nothing"
     return list(cases.values())
 
@@ -118,7 +126,7 @@ def write(parts):
 What is checked:
 
 - every real update has exactly one record, of the unclipped and unscaled norm, within 1e-6 of the float64 one;
-- each threshold is, to the last bit, numpy.percentile of the norms so far;
+- each threshold is, to the last bit, numpy.percentile of the norms so far, in float32 where JAX or TensorFlow hold it;
 - the gradients that AutoClip leaves to the optimizer have the norm that the rule says;
 - the latest norm and threshold are what the library logs;
 - a new process that loads the library's own checkpoint goes on as the first one did: to the last bit or, where the
@@ -177,15 +185,16 @@ def main():
         if not programs:
             continue
         python, absent = install(family)
-        part = matrix.known(RESULTS).get(family, {"programs": {}})
-        part["absent"] = absent
+        tried = {}
         for program in programs:
             try:
-                part["programs"][program.stem] = try_library(python, program)
+                tried[program.stem] = try_library(python, program)
             except AssertionError as error:
                 print(error)
                 failed.append(program.stem)
-        write(matrix.known(RESULTS) | {family: part})
+        known = matrix.known(RESULTS)
+        others = known.get(family, {"programs": {}})["programs"]
+        write(known | {family: {"programs": others | tried, "absent": absent}})
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return bool(failed)

@@ -1,39 +1,23 @@
 """What all programs of this folder share: a small training, and the checks of what AutoClip did in it.
 
-A program is run in two processes. The first trains, and saves the library's own checkpoint on the way. The second one
-resumes it: what it clips has to be, to the last bit, what the first one has clipped after saving.
-
 The checks read what optimizers are given by hooks of their own, which run before AutoClip's, and take the norm in
-float64 with a few lines of torch; thresholds are those of numpy.percentile of a list.
+float64 with a few lines of torch.
 """
 
-import hashlib
 import importlib.util
-import json
 import logging
 import math
 import sys
 import types
-import warnings
-from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.metadata import version
-from pathlib import Path
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
+import checks
 import torch
 from autoclip_torch import attached
+from checks import ROUNDING, STEPS, Update
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-from autoclip_core import AutoClipError
-
-PERCENTILE = 30.0
-STEPS, HALF = 16, 8
-ROUNDING = 1e-6  # of a float32 norm, relative; what bfloat16 gradients lose is not looked at here
-
 
 # What is trained.
 
@@ -75,14 +59,6 @@ def backward(model, step):
 # What is watched.
 
 
-class Update(NamedTuple):
-    norm: float  # of the gradients that the optimizer is given, before AutoClip sees them
-    remembered: float  # the norm that AutoClip says it was
-    threshold: float
-    left: float  # the norm of the gradients after AutoClip
-    has_moved: bool  # a parameter
-
-
 def norm_of(params):
     grads = [param.grad for param in params if param.grad is not None]
     grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
@@ -108,6 +84,9 @@ def when_evaluated(args, kwargs, see):
 
 class Watch:
     """The updates of each attached optimizer, in the order of their first ones."""
+
+    dtype = float
+    rounding, units = ROUNDING, 0
 
     def __init__(self):
         self.updates = {}
@@ -186,93 +165,18 @@ class Watch:
 watch = Watch()
 
 
-def check(updates, earlier=()):
-    """Return the largest relative error of a norm; AssertionError if an update is not clipped once, by the rule."""
-    norms, error = list(earlier), 0.0
-    for number, update in enumerate(updates):
-        norms.append(update.remembered)
-        threshold = float(np.percentile(norms, PERCENTILE))
-        assert update.threshold == threshold, f"update {number}: threshold {update.threshold}, and not {threshold}"
-        error = max(error, abs(update.remembered - update.norm) / update.norm)
-        assert error < ROUNDING, f"update {number}: remembered {update.remembered} of a gradient of {update.norm}"
-        left = min(update.norm, threshold)
-        assert abs(update.left - left) < 1e-5 * left, f"update {number}: left {update.left}"
-        assert update.has_moved, f"update {number}: no parameter has moved"
-    return error
+def play(library, train, case="", **options):
+    """Train in the first process, resume in the second; check and report."""
 
+    def train_here(folder, *, resume):
+        trained = train(folder, resume=resume)
+        return trained._replace(params=[param.detach() for param in trained.params])
 
-# What a program says of its training.
-
-
-class Trained(NamedTuple):
-    updates: int  # as the library counts them in this process
-    params: list[torch.Tensor]  # at the end
-    logged: dict[str, float] = {}  # the latest numbers that AutoClip gave the library to log  # noqa: RUF012
-
-
-def result(library, case="", *, package=None, **more):
-    """Print a result for run.py."""
-    print("RESULT", json.dumps({"library": library, "case": case, "version": version(package or library), **more}))
-
-
-def play(library, train, case="", *, package=None, replays=True):
-    """Train in the first process, resume in the second; check and report.
-
-    Args:
-        library: the row of the table.
-        train: from a folder for checkpoints, and whether to resume from there, to what was Trained.
-        case: what is special.
-        package: whose version counts, if not the library's.
-        replays: whether the library resumes all that makes the batches. If not (an environment that is not saved), the
-            history alone has to go on, by the rule.
-    """
-    what, folder = sys.argv[1], Path(sys.argv[2]) / (case or "usual").replace(" ", "-").replace("/", "-")
-    folder.mkdir(exist_ok=True)
     quieten()
-    trained = train(folder, resume=what == "resume")
-    streams = watch.take()
-    assert trained.updates == sum(map(len, streams)) > 0, f"{trained.updates} updates, seen {list(map(len, streams))}"
-    digest = hashlib.sha256(b"".join(param.detach().numpy().tobytes() for param in trained.params)).hexdigest()
-    record = {"streams": streams, "saved": watch.saved, "digest": digest}
-    if what == "train":
-        (folder / "trained.json").write_text(json.dumps(record))
-        error = max(check(updates) for updates in streams)
-    else:
-        before = json.loads((folder / "trained.json").read_text())
-        earlier = [[Update(*update) for update in updates] for updates in before["streams"]]
-        error = 0.0
-        for number, (updates, all_before) in enumerate(zip(streams, earlier, strict=True)):
-            saved = len(all_before) - len(updates) if replays else before["saved"][number]
-            assert saved > 0, "nothing was resumed"
-            if replays:
-                assert updates == all_before[saved:], "resumed, it does not clip as before to the last bit"
-            error = max(error, check(updates, [update.remembered for update in all_before[:saved]]))
-        assert not replays or digest == before["digest"], "resumed, the parameters are others"
-    last = {stream[-1] for stream in streams}
-    if trained.logged:
-        pairs = [(update.remembered, update.threshold) for update in last]
-        numbers = [trained.logged[name] for name in ("grad_norm", "clip_threshold")]  # of some libraries in float32
-        assert any(np.allclose(numbers, pair, rtol=ROUNDING, atol=0.0) for pair in pairs), (numbers, pairs)
-    clipped = sum(update.remembered > update.threshold for updates in streams for update in updates)
-    assert clipped, "nothing was clipped, so nothing was tried"
-    found = {"updates": trained.updates, "clipped": clipped, "error": error, "logs": bool(trained.logged)}
-    result(library, case, package=package, **(found if what == "train" else {"resumed": replays or "history"}))
-
-
-@contextmanager
-def refused(words):
-    """What stands below is refused, in these words among others."""
-    try:
-        yield
-    except AutoClipError as error:
-        if words not in str(error):
-            raise
-    else:
-        raise AssertionError(f"not refused, and that in words like {words!r}")
+    checks.play(watch, library, train_here, case, **options)
 
 
 def quieten():
-    warnings.filterwarnings("error", module="autoclip")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
 

@@ -3,7 +3,8 @@
 import torch
 from accelerate import Accelerator
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, batch_of, make_model, make_optimizer, play
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import batch_of, make_model, make_optimizer, play
 
 
 def train_with(accumulated):

@@ -2,7 +2,8 @@
 
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, batch_of, make_model, make_optimizer, play
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import batch_of, make_model, make_optimizer, play
 from lightning.fabric import Fabric
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from autoclip_torch.fastai import AutoClipCallback
+from checks import HALF, PERCENTILE, STEPS, Trained, refused
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner  # with fit_one_cycle and lr_find
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import Adam, OptimWrapper
-from harness import HALF, PERCENTILE, STEPS, Trained, batches, make_model, play, refused, watch
+from harness import batches, make_model, play, watch
 
 
 class Before(Callback):

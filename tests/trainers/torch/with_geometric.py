@@ -2,7 +2,8 @@
 
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, batch_of, play
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import batch_of, play
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCNConv, global_mean_pool

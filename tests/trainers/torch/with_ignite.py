@@ -2,7 +2,8 @@
 
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, batches, make_model, make_optimizer, play
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import batches, make_model, make_optimizer, play
 from ignite.engine import Events, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver
 

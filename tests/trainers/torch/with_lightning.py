@@ -3,7 +3,8 @@
 import lightning
 import torch
 from autoclip_torch.lightning import AutoClipCallback
-from harness import HALF, PERCENTILE, Trained, batches, make_model, make_optimizer, play
+from checks import HALF, PERCENTILE, Trained
+from harness import batches, make_model, make_optimizer, play
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 

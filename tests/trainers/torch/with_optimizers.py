@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 import torch
 from autoclip_torch import attach
-from harness import PERCENTILE, batch_of, check, quieten, result, watch
+from checks import PERCENTILE, check, result
+from harness import batch_of, quieten, watch
 
 from autoclip_core import AutoClipError
 

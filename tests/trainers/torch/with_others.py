@@ -8,7 +8,8 @@ import numpy as np
 import smartclip
 import torch
 from autoclip_torch import attach
-from harness import backward, make_model, norm_of, quieten, result
+from checks import result
+from harness import backward, make_model, norm_of, quieten
 from torch.nn.utils import clip_grad_norm_
 from zclip import ZClip
 

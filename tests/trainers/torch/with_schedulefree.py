@@ -5,7 +5,8 @@ from operator import attrgetter
 import schedulefree
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, backward, make_model, play, watch
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import backward, make_model, play, watch
 
 
 def train_with(make, base_of=lambda optimizer: optimizer):

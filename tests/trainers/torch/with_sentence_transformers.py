@@ -2,8 +2,9 @@
 
 import torch
 from autoclip_torch.transformers import AutoClipMixin
+from checks import PERCENTILE
 from datasets import Dataset
-from harness import PERCENTILE, play
+from harness import play
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import CosineSimilarityLoss
 from sentence_transformers.models import Pooling, Transformer

@@ -4,7 +4,8 @@ import pickle
 
 import torch
 from autoclip_torch.skorch import AutoClipCallback
-from harness import HALF, PERCENTILE, STEPS, Trained, examples, make_model, play, refused, watch
+from checks import HALF, PERCENTILE, STEPS, Trained, refused
+from harness import examples, make_model, play, watch
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetRegressor
 from skorch.callbacks import GradientNormClipping

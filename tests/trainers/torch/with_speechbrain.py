@@ -2,7 +2,8 @@
 
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, batches, make_model, make_optimizer, play, stand_in
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import batches, make_model, make_optimizer, play, stand_in
 
 stand_in("torchaudio")
 from speechbrain.core import Brain  # noqa: E402

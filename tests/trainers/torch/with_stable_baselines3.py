@@ -3,7 +3,8 @@
 import gymnasium
 import numpy as np
 from autoclip_torch.stable_baselines3 import AutoClipCallback
-from harness import PERCENTILE, Trained, play, refused, watch
+from checks import PERCENTILE, Trained, refused
+from harness import play, watch
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import Logger

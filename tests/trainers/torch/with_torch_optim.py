@@ -4,7 +4,8 @@ import inspect
 
 import torch
 from autoclip_torch import attach
-from harness import HALF, PERCENTILE, STEPS, Trained, backward, make_model, play
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import backward, make_model, play
 
 LEFT_OUT = {"Optimizer", "SparseAdam"}  # the one is a base, the other takes sparse gradients alone
 OPTIONS = {"LBFGS": {"max_iter": 1, "lr": 0.01}, "Adadelta": {"lr": 1.0}}

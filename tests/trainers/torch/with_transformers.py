@@ -2,7 +2,8 @@
 
 import torch
 from autoclip_torch.transformers import AutoClipMixin
-from harness import HALF, PERCENTILE, Trained, examples, make_model, play
+from checks import HALF, PERCENTILE, Trained
+from harness import examples, make_model, play
 from transformers import Trainer, TrainingArguments
 
 

@@ -2,8 +2,9 @@
 
 import torch
 from autoclip_torch.transformers import AutoClipMixin
+from checks import PERCENTILE
 from datasets import Dataset
-from harness import PERCENTILE, play
+from harness import play
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
