@@ -177,7 +177,7 @@ def take_step(
         nonfinite=nonfinite,
         max_threshold=max_threshold,
     )
-    counts = counts + xp.astype(xp.stack([True, enters, clipped, ~finite]), xp.int32)
+    counts = xp.where(xp.stack([True, enters, clipped, ~finite]), counts + 1, counts)
     outcome = xp.astype(clipped, xp.float32)
     if nonfinite != "pass":
         outcome = xp.where(finite, outcome, xp.minimum(last[OUTCOME], 0.0) - 1.0)
@@ -466,7 +466,8 @@ def decide(
         threshold = limit = xp.minimum(threshold, max_threshold)
     if not isinstance(warmup, int) or warmup > 0:
         limit = xp.where(recorded_steps > warmup, threshold, norm if max_threshold is None else max_threshold)
-    clipped = finite & (norm > limit)
+    norm = xp.where(finite, norm, 0.0)
+    clipped = norm > limit
     scale = xp.where(clipped, limit / xp.where(clipped, norm, 1.0), 1.0)  # no division by 0, nor its derivative
     if nonfinite != "pass":
         scale = xp.where(finite, scale, 0.0)
