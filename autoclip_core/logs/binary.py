@@ -21,6 +21,8 @@ _PART = 1 << 16
 def read_array(stream: BinaryIO, name: str, found: Found) -> None:
     """Read a .npy file that is all there is: norms, or columns of them."""
     array = _load(stream, found)
+    if stream.read(1):
+        found.notes.append(f"{found.source} goes on after its array; the first is all that was read.")
     if array.dtype.names or (array.ndim == 2 and array.size not in array.shape):
         _take(array, "", found)
         return

@@ -59,7 +59,7 @@ class Series:
         try:
             self.norms.append(float(None if isinstance(value, bool) else value))  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            if value is None or (isinstance(value, str) and value.lower() in _MISSING):
+            if value is None or (isinstance(value, str) and is_missing(value)):
                 return
             self.skipped += 1
             self.first = self.first or f"{where} {at:,} with {shown(value)}"
@@ -147,6 +147,11 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_missing(text: str) -> bool:
+    """Tell whether a text says that there is no number."""
+    return text.lower() in _MISSING
 
 
 def _certainty(name: str) -> int | None:

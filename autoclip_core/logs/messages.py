@@ -23,6 +23,8 @@ _pairs = re.compile(
     r"((?:[^\s,;|'\"(){}\[\]:=]|,(?=\d))++)"  # the number; with a comma in it, it is none
 ).finditer
 
+_without_colours = re.compile(r"\x1b\[[\d;]*m").sub
+
 
 def read(lines: Iterable[tuple[int, str]], found: Found) -> None:
     """Read the numbers of all lines."""
@@ -41,6 +43,7 @@ def stand_in(lines: Iterable[tuple[int, str]], found: Found) -> bool:
 
 def _named(line: str) -> Iterator[tuple[str, str, str]]:
     """Yield names, what stands behind them, and up to two letters more. Without a sign between it must be a number."""
+    line = _without_colours("", line)
     for pair in _pairs(line):
         name, sign, value = pair.groups()
         if sign or is_number(value):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from autoclip_core.errors import AutoClipValueError
 from autoclip_core.logs import messages
-from autoclip_core.logs.found import is_number
+from autoclip_core.logs.found import is_missing, is_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +97,7 @@ def _is_table(header: Sequence[str], rows: Sequence[Sequence[str]], found: Found
     """Tell whether a wanted name stands in the header, and a number or nothing below it."""
     places = [at for at, name in enumerate(header) if found.wants(name)]
     cells = [row[at].strip() for row in rows for at in places if at < len(row)]
-    return bool(cells) and all(not cell or is_number(cell) for cell in cells)
+    return bool(cells) and all(is_missing(cell) or is_number(cell) for cell in cells)
 
 
 def _places(cells: Sequence[str], chosen: Mapping[str, Series]) -> list[tuple[int, Series]]:

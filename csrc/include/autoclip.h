@@ -218,8 +218,9 @@ const char *autoclip_build(void);
 /* --- Shared histories ------------------------------------------------------------------------------------------- */
 
 /* A history that several threads and several languages hold at once: it has a lock, lives in the one table of the
- * process, and goes by an id, never 0 and never used twice: not in this process, nor but by chance in another. Each function locks, does what its autoclip_history_*
- * namesake does, and unlocks; AUTOCLIP_NO_HISTORY if the id is unknown. After fork() the child has its own copies. */
+ * process, and goes by an id. An id is never 0 and never used again; that of another process is not known here, but by
+ * chance. Each function locks, does what its autoclip_history_* namesake does, and unlocks; AUTOCLIP_NO_HISTORY if the
+ * id is unknown. After fork() the child has its own copies. */
 
 autoclip_status autoclip_shared_create(uint64_t window, uint64_t *id);
 autoclip_status autoclip_shared_load(const void *bytes, size_t size, uint64_t *id);

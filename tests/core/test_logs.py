@@ -118,6 +118,8 @@ FILES = {
     "words_alone.log": ("step 1 grad_norm 1.5 loss 3\nstep 2 grad_norm tensor(2.5) loss 3\n", "grad_norm", [1.5, 2.5]),
     "signs.log": ("step=1,grad_norm=1.5,loss=3\nstep=2,grad_norm=2.5.\n", "grad_norm", [1.5, 2.5]),
     "one_sign.log": ("grad_norm: 1.5\ngrad_norm: None\n", "grad_norm", [1.5]),
+    "colours.log": ("\x1b[31mstep: 1  \x1b[38;5;1mgrad_norm:  1.5\x1b[0m\n", "grad_norm", [1.5]),
+    "table_of_messages.csv": ("grad_norm,note\nNA,grad_norm: 9\n1.5,\n", "grad_norm", [1.5]),
     "settings.log": ("grad norm clipping at 1.0\nmax_grad_norm=1.0\ngrad_norm=1.5\n", "grad_norm", [1.5]),
     "prefixed_json.log": ('DLLL {"a": 1}\nDLLL {"data": {"grad_norm":1.5,"loss":2}}\n', "grad_norm", [1.5]),
     "long_lines.log": ("word " * 50_000 + "x" * 50_000 + "\ngrad_norm=1.5\n", "grad_norm", [1.5]),
@@ -331,6 +333,9 @@ def test_arrays_that_are_cut_are_read_as_far_as_they_go(tmp_path):
     [log] = read_log(path)
     assert log.norms.tolist() == list(range(96))
     assert log.notes == [f"{path} is cut: it holds 96 of 100 numbers."]
+    path.write_bytes(array_file(np.arange(3.0)) * 2)
+    [log] = read_log(path)
+    assert (len(log.norms), log.notes) == (3, [f"{path} goes on after its array; the first is all that was read."])
     path.write_bytes(array_file(np.arange(100.0).reshape(50, 2))[:-30])
     assert read_log(path, ["1"])[0].norms.tolist() == list(range(1, 96, 2))
     path.write_bytes(array_file(np.empty(10)).replace(b"(10,), }" + b" " * 12, b"(1000000000000,), }" + b" "))
