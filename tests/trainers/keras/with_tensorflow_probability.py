@@ -1,4 +1,4 @@
-"""tensorflow-probability: the same class of an optimizer of tf-keras, given to `tfp.math.minimize` or `tfp.vi`."""
+"""tensorflow-probability: the class of an optimizer of tf-keras, given to `tfp.math.minimize` or `tfp.vi`."""
 
 import tensorflow as tf
 import tensorflow_probability as tfp

@@ -1,4 +1,4 @@
-"""tf-keras, which is Keras 2: `AutoClip` in a class of the optimizer, and in `tf.train.Checkpoint`."""
+"""tf-keras: `AutoClip` in a class of an optimizer of Keras 2, and in `tf.train.Checkpoint`."""
 
 import tensorflow as tf
 import tf_keras
