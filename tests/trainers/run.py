@@ -64,7 +64,10 @@ def snippet_of(program):
     parts = re.findall(
         r"^ *# page\n(.*?)^ *# end of page\n", program.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    text = "\n".join(textwrap.dedent(part).strip("\n") for part in parts)
+    text = ""
+    for part in parts:
+        after_class = "\n\n\n" if text.rpartition("\n")[2].startswith(" ") else "\n"
+        text += (after_class if text else "") + textwrap.dedent(part).strip("\n")
     return text.replace(", PERCENTILE", "").replace("PERCENTILE", "")  # as in the paper, where nothing is said
 
 
@@ -112,7 +115,7 @@ def table_of(parts):
             resumed = (
                 ", ".join(dict.fromkeys(RESUMED[case["resumed"]] for case in cases if "resumed" in case)) or "as any"
             )
-            number = len(snippet_of(program).splitlines())
+            number = sum(map(bool, snippet_of(program).splitlines()))
             lines.append(f"| {library}{version} | {what} | {number} | {tried} | {updates:,} | {resumed} |")
     return "\n".join(lines)
 
