@@ -7,6 +7,7 @@ is a parameter, which `clone` and `set_params` know.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -29,7 +30,8 @@ class AutoClipCallback(Callback):
 
     `fit` begins a new history, as it begins a new net; `partial_fit` continues the one there is, that of a pickled or
     copied net too, and also after `set_params` has made another optimizer. With a net of other parameters a new one
-    begins. Files of `net.save_params` have no place for the history: save `callback.state_dict()` beside.
+    begins. Files of `net.save_params` have no place for the history: save `callback.state_dict()` beside. Where a
+    net has trained before and comes without it, there is a warning.
 
     Each training batch of the net's history has `grad_norm` (before clipping), `clip_threshold`, `clip_scale`,
     `clipped` and `clipped_share`.
@@ -73,9 +75,18 @@ class AutoClipCallback(Callback):
             )
         if self.clip_ is not None and attached(net.optimizer_) is self.clip_:
             return
-        if self.module_ is not None and self.module_() is not net.module_:
+        has_others = self.module_ is not None and self.module_() is not net.module_  # parameters
+        if has_others:
             self.initialize()
         state = self.state_dict()
+        if net.history and not state and not has_others:
+            warnings.warn(
+                f"The net has trained before (its history has {len(net.history)} epochs), but AutoClip has no norms of "
+                "that, so its history begins anew; to continue it, give callback.load_state_dict() what "
+                "callback.state_dict() returned when the net was saved.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         clip = attach(net.optimizer_, **{"names": net.module_, **self.get_params(deep=False)})
         if state:
             clip.load_state_dict(state)

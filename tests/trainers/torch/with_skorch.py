@@ -1,6 +1,7 @@
 """skorch: a callback, because every `fit` makes another optimizer; a net is pickled whole."""
 
 import pickle
+import warnings
 
 import torch
 from autoclip_torch.skorch import AutoClipCallback
@@ -77,6 +78,13 @@ def check_habits():
     net.set_params(module=torch.nn.Linear, module__in_features=4, module__out_features=1)
     net.partial_fit(*rest)
     assert dict(net.callbacks_)["autoclip"].clip.steps == STEPS - HALF
+    net = make_net().fit(*first)
+    others = make_net().initialize()
+    others.history = net.history  # as load_params with f_history has it
+    with warnings.catch_warnings(record=True, action="always") as said:
+        others.partial_fit(*rest)
+        others.partial_fit(*rest)
+    assert ["load_state_dict" in str(each.message) for each in said] == [True], said
     search = GridSearchCV(make_net(), {"callbacks__autoclip__percentile": [10.0, 90.0]}, cv=2, scoring="r2")
     search.fit(*first)
     chosen = dict(search.best_estimator_.callbacks_)["autoclip"]
