@@ -177,7 +177,7 @@ def take_step(
         nonfinite=nonfinite,
         max_threshold=max_threshold,
     )
-    counts = counts + xp.astype(xp.stack([True, enters, clipped, ~finite]), xp.int32)
+    counts = xp.where(xp.stack([True, enters, clipped, ~finite]), counts + 1, counts)
     outcome = xp.astype(clipped, xp.float32)
     if nonfinite != "pass":
         outcome = xp.where(finite, outcome, xp.minimum(last[OUTCOME], 0.0) - 1.0)
@@ -341,8 +341,8 @@ def _fraction(digits: list[Any]) -> Any:
 # picks its row, sorts a few dozen numbers and reads two of them. It pays for each operation, however small, so there
 # are as few as possible. In float64 the result has the bits of the core; it is no estimate.
 
-# The columns of a row: six numbers, then norms.
-_INFINITY, _NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(7)
+# The columns of a row: five numbers, then norms.
+_NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(6)
 
 
 def deferred_table(
@@ -384,7 +384,7 @@ def deferred_table(
         if share >= 0.5:  # as numpy.percentile rounds: from the nearer of the two norms
             near, far, share = far, near, 1 - share
         least = max_threshold if clip.recorded_steps + recorded <= warmup else -inf
-        row = [inf, _as_bits(near), _as_bits(far), share, max_threshold, least, *known]
+        row = [_as_bits(near), _as_bits(far), share, max_threshold, least, *known]
         rows.append(row + [inf] * (_NORMS + width - len(row)))
     return rows
 
@@ -466,7 +466,8 @@ def decide(
         threshold = limit = xp.minimum(threshold, max_threshold)
     if not isinstance(warmup, int) or warmup > 0:
         limit = xp.where(recorded_steps > warmup, threshold, norm if max_threshold is None else max_threshold)
-    clipped = finite & (norm > limit)
+    norm = xp.where(finite, norm, 0.0)
+    clipped = norm > limit
     scale = xp.where(clipped, limit / xp.where(clipped, norm, 1.0), 1.0)  # no division by 0, nor its derivative
     if nonfinite != "pass":
         scale = xp.where(finite, scale, 0.0)

@@ -54,7 +54,7 @@ class AutoClip:
     Args:
         percentile: p, from 0 (clip to the smallest norm seen) to 100 (never clip). May be assigned at any step.
         window: remember only the last `window` norms; None, the paper's choice, remembers all.
-        warmup: do not clip before this many norms have been remembered.
+        warmup: do not clip before this many norms have been recorded.
         nonfinite: what a NaN or infinite norm does. "skip": scale 0.0, the update is to be dropped; warns once.
             "raise": NonFiniteNormError. "pass": scale 1.
         max_threshold: an upper cap on the threshold, in the unit of the norm; it acts during the warm-up too.

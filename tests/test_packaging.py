@@ -1,4 +1,4 @@
-"""What leaves the house: the sdist, the wheels, and the C library as an embedder meets it once it is installed.
+"""What is distributed: the sdist, the wheels, and the C library as an embedder meets it once it is installed.
 
 Everything is built from the source tree around this file; of the package under test only the version is read.
 """

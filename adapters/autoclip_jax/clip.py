@@ -283,7 +283,7 @@ def _check_state(state: Any, window: int | None, history: NormHistory | None) ->
 def _wide(leaf: Any) -> Array:
     array = jnp.asarray(leaf)
     # Eight bits promote to nothing by themselves.
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
     return array.astype(jnp.float32 if narrow else jnp.promote_types(array.dtype, jnp.float32))
 
 

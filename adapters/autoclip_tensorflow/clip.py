@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 import tensorflow as tf
 
 from autoclip_core import arrays
-from autoclip_tensorflow.graph import XP, check_history, global_square, scaled, take_step
+from autoclip_tensorflow.graph import XP, check_history, global_square, scaled, update_variables
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class AutoClip(tf.Module):  # type: ignore[misc] # tensorflow has no types
         Returns:
             The same structure, in which None stays None.
         """
-        scale = take_step(self._options, self._state, global_square(tf.nest.flatten(grads)))
+        scale = update_variables(self._options, self._state, global_square(tf.nest.flatten(grads)))
         return cast("Grads", tf.nest.map_structure(lambda grad: scaled(grad, scale), grads))
 
     def metrics(self) -> dict[str, tf.Tensor]:

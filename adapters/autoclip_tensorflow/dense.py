@@ -56,12 +56,12 @@ def check_history() -> None:
         )
 
 
-def take_step(options: Options, variables: Mapping[str, keras.Variable], total: Any) -> Any:
-    """Let the norm of a gradient enter the history, change the variables, and return the scale."""
+def update_variables(options: Options, variables: Mapping[str, keras.Variable], total: Any) -> Any:
+    """Take a step with the square of the norm of a gradient: change the variables, and return the scale."""
     state = {key: variable.value for key, variable in variables.items()}
     if keras.config.backend() == "torch":
         if _library() is not None and state["norms"].device.type == "cpu":
-            return _take_step_on_the_host(options, state, total)
+            return _update_on_the_host(options, state, total)
         if options.history is not None:
             raise BackendError(
                 "history= is for PyTorch with the variables on the CPU and a compiled kernel; leave it out, and "
@@ -78,7 +78,7 @@ if keras.config.backend() == "torch":
     from torch import compiler
 
     # The kernel is not for torch.compile to trace.
-    take_step = compiler.disable(take_step)  # type: ignore[no-untyped-call]
+    update_variables = compiler.disable(update_variables)  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -96,7 +96,7 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _take_step_on_the_host(options: Options, state: Mapping[str, Any], total: Any) -> float:
+def _update_on_the_host(options: Options, state: Mapping[str, Any], total: Any) -> float:
     """Change the variables in their own memory, and return the scale."""
     host = {key: tensor.detach().numpy() for key, tensor in state.items()}
     observe = partial(_observe, options.history, arrays.percentile_of_digits(host["percentile"].tolist()))

@@ -27,9 +27,9 @@ from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, St
 from autoclip_tensorflow.state import DEFAULT_WINDOW, Options, digits_of, first_state
 
 if keras.config.backend() == "tensorflow":
-    from autoclip_tensorflow.graph import XP, check_history, count_replicas, global_square, scaled, take_step
+    from autoclip_tensorflow.graph import XP, check_history, count_replicas, global_square, scaled, update_variables
 else:
-    from autoclip_tensorflow.dense import XP, check_history, count_replicas, global_square, scaled, take_step
+    from autoclip_tensorflow.dense import XP, check_history, count_replicas, global_square, scaled, update_variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -225,7 +225,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             self._clip_and_apply(grads, trainable_variables)
 
     def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
-        scale = take_step(self._options, self._state, global_square(grads))
+        scale = update_variables(self._options, self._state, global_square(grads))
         self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[keras.Variable]) -> None:

@@ -56,7 +56,7 @@ class Groups:
         self._group_of = scope if callable(scope) else None
         self.scope = "function" if callable(scope) else scope
         self._names = {} if names is None else {tensor: name for name, tensor in _named_tensors(names)}
-        self._places: dict[str, str] = {}  # the names of groups by those that they have without `names`
+        self._places: dict[str, str] = {}  # the names of groups by those that they have where parameters have no names
         named = [] if isinstance(source, Optimizer) else _named_tensors(source)
         # Changed in place, because `hold` hands them out.
         self.params = [param for _, param in named]
@@ -99,8 +99,9 @@ class Groups:
         if optimizer is None:
             return False
         groups = optimizer.param_groups
-        listed = [param for group in groups for param in group["params"]]
-        sizes = [len(group["params"]) for group in groups]
+        params = [group["params"] for group in groups]
+        listed = list(chain.from_iterable(params))
+        sizes = list(map(len, params))
         if sizes == self._sizes and all(map(is_, listed, self._listed)):
             return False
         places = [f"{index}.{at}" for index, group in enumerate(groups) for at in range(len(group["params"]))]
@@ -121,7 +122,7 @@ class Groups:
         self.origins = self._origins(grouped)
         self.by_name.clear()
         self.by_name.update(grouped)
-        if self._names and self.scope == "parameter":
+        if self.scope == "parameter":
             self._places = dict(zip(places, names, strict=True))
         return True
 

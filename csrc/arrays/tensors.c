@@ -112,7 +112,7 @@ static double norm_of(const void *numbers, size_t size, size_t width) {
         const double magnitude = fabs(doubles[i]);
         if (!(magnitude <= largest)) largest = magnitude; /* a NaN as well, of which there is none */
     }
-    if (largest == 0.0 || isinf(largest)) return largest;
+    if (isinf(largest)) return largest;
     int exponent;
     (void)frexp(largest, &exponent);
     if (exponent > FURTHEST) exponent = FURTHEST;

@@ -42,6 +42,17 @@ def test_first_gradient_that_is_written_behind_torchs_back_is_new(at, dtype, mod
     assert clip.steps == 6
 
 
+@every_mode
+@every_dtype
+def test_one_row_that_is_not_contiguous_is_known_again(dtype, mode):
+    (param,) = make_params([(1, 3, 2)], dtype)
+    param.grad = torch.ones(1, 2, 3, dtype=dtype).transpose(1, 2)
+    clip = AutoClip(param, mode=mode)
+    for _ in range(2):
+        clip.step()
+    assert clip.steps == 1
+
+
 SLOW = [(dtype, rate) for dtype in DTYPES for rate in (0.998, 1.002)]
 SLOW += [(dtype, rate) for dtype in (torch.float32, torch.float64) for rate in (1 - 5e-6, 1 + 5e-6)]
 

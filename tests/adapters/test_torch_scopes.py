@@ -363,6 +363,20 @@ def test_fused_optimizer_scales_by_itself(make, mode, monkeypatch):
     assert not hasattr(optimizer, "grad_scale")
 
 
+def test_state_of_parameters_without_names_loads_where_the_optimizer_knows_them():
+    model = make_model()
+    fill(model, 0)
+    without, with_names = (
+        AutoClip(torch.optim.SGD(params, lr=0.1), scope="parameter")
+        for params in (model.parameters(), model.named_parameters())
+    )
+    without.step()
+    with_names.load_state_dict(without.state_dict())
+    for (name, history), saved in zip(with_names.histories.items(), without.histories.values(), strict=True):
+        assert history.values().tolist() == saved.values().tolist() != [], name
+    assert list(with_names.histories) == [name for name, _ in model.named_parameters()]
+
+
 def test_fused_optimizer_that_failed_keeps_no_scale():
     model = make_model()
     optimizer = FUSED["adamw"](model.parameters())

@@ -7,6 +7,7 @@
 #include <float.h>
 
 #include "../../csrc/arrays/tensors.h"
+#include "../../csrc/src/float_mode.h"
 
 enum { SIZES = 70 }; /* beyond two rounds of all lanes, with every rest */
 
@@ -68,6 +69,8 @@ static void norm_has_the_range_of_its_numbers(void) {
         REQUIRE_SAME(5.0 * (double)(float)of_floats[i], measure(floats, 25, 4));
         REQUIRE(near(measure(doubles, 25, 8), 5.0 * of_doubles[i]) < 1e-15, "%g", of_doubles[i]);
     }
+    const double apart[] = {1e-200, 3e200, 4e200};
+    REQUIRE(near(measure(apart, 3, 8), 5e200) < 1e-15, "the largest number is not the first");
     const double beyond[] = {DBL_MAX, DBL_MAX};
     REQUIRE_SAME((double)INFINITY, measure(beyond, 2, 8));
 }
@@ -88,17 +91,40 @@ static void norm_finds_what_is_not_finite(void) {
     }
 }
 
+static void norm_of_large_numbers_is_the_same_where_subnormals_are_flushed(void) {
+    static const double numbers[] = {0x3p1021, 0x4p1021};
+    const float_mode standard = float_mode_get();
+    float_mode_set(standard | float_mode_flushes);
+    const double norm = measure(numbers, 2, 8);
+    float_mode_set(standard);
+    REQUIRE_SAME(0x5p1021, norm);
+}
+
+static void each_tensor_has_its_own_norm(void) {
+    static const double numbers[] = {3.0, 4.0, 12.0, 5.0};
+    const uint64_t addresses[] = {address_of(numbers), address_of(numbers + 1), address_of(numbers + 2)};
+    const uint64_t sizes[] = {2, 1, 2};
+    double norms[] = {-1.0, -1.0, -1.0};
+    REQUIRE(autoclip_tensors_measure(addresses, sizes, 3, 8, norms) == 1, "refused");
+    REQUIRE_SAME(5.0, norms[0]);
+    REQUIRE_SAME(4.0, norms[1]);
+    REQUIRE_SAME(13.0, norms[2]);
+}
+
 static void address_that_is_none_is_refused(void) {
     static const double numbers[3] = {1.0, 2.0, 3.0};
     const uint64_t good = address_of(numbers);
     for (size_t width = 4; width <= 8; width += 4) {
         for (uint64_t past = 0; past < width; past++) {
-            const uint64_t addresses[] = {good, past == 0 ? 0 : good + past};
-            const uint64_t sizes[] = {1, 1};
-            double norms[] = {-1.0, -1.0};
-            REQUIRE(autoclip_tensors_measure(addresses, sizes, 2, width, norms) == 0, "%" PRIu64 " bytes past", past);
-            REQUIRE_SAME(-1.0, norms[0]);
-            REQUIRE_SAME(-1.0, norms[1]);
+            for (size_t at = 0; at < 3; at++) {
+                uint64_t addresses[] = {good, good, good};
+                const uint64_t sizes[] = {1, 1, 1};
+                double norms[] = {-1.0, -1.0, -1.0};
+                addresses[at] = past == 0 ? 0 : good + past;
+                REQUIRE(autoclip_tensors_measure(addresses, sizes, 3, width, norms) == 0,
+                        "tensor %zu, %" PRIu64 " bytes past", at, past);
+                for (size_t i = 0; i < 3; i++) REQUIRE_SAME(-1.0, norms[i]);
+            }
         }
     }
 }
@@ -166,6 +192,33 @@ static void fingerprint_changes_with_each_bit_of_the_beginning(void) {
     }
 }
 
+static void fingerprint_changes_with_the_same_bit_of_two_words(void) {
+    enum { WORDS = 32 }; /* 256 bytes */
+    uint64_t words[WORDS] = {0};
+    const uint64_t before = fingerprint(words, WORDS, 8);
+    for (size_t first = 0; first < WORDS; first++) {
+        for (size_t second = first + 1; second < WORDS; second++) {
+            for (size_t bit = 0; bit < 64; bit++) {
+                words[first] = words[second] = UINT64_C(1) << bit;
+                REQUIRE(before != fingerprint(words, WORDS, 8), "bit %zu of the words %zu and %zu", bit, first, second);
+                words[first] = words[second] = 0;
+            }
+        }
+    }
+}
+
+static void fingerprint_changes_with_each_tensor(void) {
+    double numbers[3] = {1.0, 2.0, 3.0};
+    const uint64_t addresses[] = {address_of(numbers), address_of(numbers + 1), address_of(numbers + 2)};
+    const uint64_t sizes[] = {1, 1, 1};
+    const uint64_t before = autoclip_tensors_fingerprint(addresses, sizes, 3, 8);
+    for (size_t i = 0; i < 3; i++) {
+        numbers[i] = -numbers[i];
+        REQUIRE(before != autoclip_tensors_fingerprint(addresses, sizes, 3, 8), "tensor %zu", i);
+        numbers[i] = -numbers[i];
+    }
+}
+
 static void fingerprint_changes_with_the_signs_of_all_and_with_their_order(void) {
     float numbers[64];
     uint64_t seen[3];
@@ -193,8 +246,10 @@ static void fingerprint_changes_with_where_tensors_are_and_how_many(void) {
 }
 
 TEST_MAIN(TEST(norm_is_that_of_long_double), TEST(norm_has_the_range_of_its_numbers),
-          TEST(norm_finds_what_is_not_finite), TEST(address_that_is_none_is_refused),
+          TEST(norm_finds_what_is_not_finite), TEST(norm_of_large_numbers_is_the_same_where_subnormals_are_flushed),
+          TEST(each_tensor_has_its_own_norm), TEST(address_that_is_none_is_refused),
           TEST(scaling_rounds_each_number_once_and_touches_no_other), TEST(factor_of_one_writes_nothing),
           TEST(fingerprint_changes_with_each_bit_of_the_beginning),
+          TEST(fingerprint_changes_with_the_same_bit_of_two_words), TEST(fingerprint_changes_with_each_tensor),
           TEST(fingerprint_changes_with_the_signs_of_all_and_with_their_order),
           TEST(fingerprint_changes_with_where_tensors_are_and_how_many));

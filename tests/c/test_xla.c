@@ -119,14 +119,16 @@ static void test_handlers_say_for_which_version_they_were_made(void) {
 }
 
 static void test_window_of_a_program_is_that_of_the_model(void) {
-    enum { WINDOW = 7 };
+    enum { LARGEST = 7 };
     source from = {.state = 1};
-    for (int way = 0; way < 4; ++way) { /* in place or not; the percentile whole or in parts */
+    for (int way = 0; way < 8; ++way) { /* in place or not; the percentile whole or in parts; a window of one */
+        const int64_t window = way < 4 ? LARGEST : 1;
+        const size_t bytes = 2 * (size_t)window * sizeof(float);
         window_program twin;
-        float norms[2 * WINDOW];
-        float after[2 * WINDOW];
-        window_create(&twin, WINDOW, VALUES_RANDOM, from);
-        for (int i = 0; i < 2 * WINDOW; ++i) norms[i] = INFINITY;
+        float norms[2 * LARGEST];
+        float after[2 * LARGEST];
+        window_create(&twin, (size_t)window, VALUES_RANDOM, from);
+        for (int i = 0; i < 2 * window; ++i) norms[i] = INFINITY;
         int32_t recorded = 0;
         for (int i = 0; i < 100; ++i) {
             float norm = norm_draw(VALUES_RANDOM, 0, &from);
@@ -134,22 +136,22 @@ static void test_window_of_a_program_is_that_of_the_model(void) {
             float threshold;
             frame own;
             const bool in_place = way % 2 == 0;
-            window_frame(&own, norms, WINDOW, &recorded, &norm, &percentile, in_place ? norms : after, &threshold);
+            window_frame(&own, norms, window, &recorded, &norm, &percentile, in_place ? norms : after, &threshold);
             float parts[3];
             double rest = percentile;
             for (int part = 0; part < 3; ++part) {
                 parts[part] = (float)rest;
                 rest -= (double)parts[part];
             }
-            if (way >= 2) frame_set(&own, 3, XLA_F32, parts, 1, 3, 0);
+            if (way / 2 % 2 == 1) frame_set(&own, 3, XLA_F32, parts, 1, 3, 0);
             REQUIRE(autoclip_xla_window(&own.call) == NULL, "%s", raised.message);
-            if (!in_place) memcpy(norms, after, sizeof norms);
+            if (!in_place) memcpy(norms, after, bytes);
             if (isfinite(norm)) {
                 model_push(&twin.truth, (double)norm);
                 recorded += 1;
             }
             REQUIRE_SAME((double)model_threshold(&twin.truth, percentile), (double)threshold);
-            memcpy(twin.norms, norms, sizeof norms);
+            memcpy(twin.norms, norms, bytes);
             twin.recorded = (size_t)recorded;
             window_judge(&twin);
         }

@@ -48,6 +48,7 @@ REGISTER = tomllib.loads((Path(__file__).parent / "register.toml").read_text(enc
 # The tests that know a file of the core best.
 KNOWN_BY = {
     "_backend.py": "test_backend",
+    "_bits.py": "test_history test_check",
     "_native.py": "test_history test_bad_input test_memory",
     "_numba/check.py": "test_check",
     "_numba/compiler.py": "test_backend",
@@ -64,7 +65,7 @@ KNOWN_BY = {
         f"logs/{name}.py": "test_logs"
         for name in ("__init__", "binary", "events", "found", "messages", "records", "tables", "text")
     },
-}  # but plot.py: pictures are judged by looking at them
+}
 # The tests that may judge a file of the adapters: of them those that run what was changed, quick ones first.
 ADAPTERS = ROOT / "adapters"
 _JAX = "test_jax_kernel test_jax test_jax_surface"
@@ -87,6 +88,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/deepspeed.py": "test_torch_engines",
     "autoclip_torch/deferred.py": "test_torch_edges test_torch_deferred",
     "autoclip_torch/engines.py": "test_torch_engines",
+    "autoclip_torch/fastai.py": "test_torch_callbacks",
     "autoclip_torch/gradients.py": _TORCH,
     "autoclip_torch/groups.py": _TORCH,
     "autoclip_torch/kernel.py": "test_torch_kernel test_torch_edges",
@@ -97,9 +99,13 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/plateau.py": "test_torch_plateau",
     "autoclip_torch/repeats.py": "test_torch_repeats test_torch_edges test_torch",
     "autoclip_torch/sharing.py": "test_torch_zoo",
+    "autoclip_torch/skorch.py": "test_torch_callbacks",
+    "autoclip_torch/stable_baselines3.py": "test_torch_callbacks",
     "autoclip_torch/transformers.py": "test_transformers",
     "autoclip_torch/watch.py": "test_torch_zoo",
-}  # but the demos
+}
+# Of these no mutants are made: pictures are judged by looking at them, demos by what they print; the rest are names.
+WITHOUT_MUTANTS = {"__init__.py", "plot.py", "demo.py"}
 # Those that start other processes judge what no test runs in its own.
 ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax": "test_jax_processes"}
 # What every run would import again, and no mutant changes.
@@ -112,11 +118,12 @@ FRAMEWORKS = {
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
 
 KERNEL_TESTS = (
-    *("status", "check", "snapshot", "model", "arrays", "xla", "tensorflow", "modes", "faults", "shared", "bounds"),
+    *("status", "check", "snapshot", "model", "arrays", "xla", "tensorflow", "tensors", "modes", "faults", "shared"),
+    "bounds",
 )
 
 # How the kernel and its tests are compiled: first the way that kills most at the least cost.
-TINY = ("-DAUTOCLIP_LEAF=4", "-DAUTOCLIP_FANOUT=4", "-DAUTOCLIP_BUFFER=4")
+TINY = ("-DAUTOCLIP_LEAF=4", "-DAUTOCLIP_FANOUT=4", "-DAUTOCLIP_BUFFER=4", "-DAUTOCLIP_NO_AVX2")
 BUILDS = {
     "tiny": ("-O1", *TINY),
     "real": ("-O2",),
@@ -311,6 +318,10 @@ def every_mutant():
     """All that can be made, less those of lines that the register leaves out."""
     files = [file for folder in KERNEL_FOLDERS for file in sorted((KERNEL / folder).glob("*.[ch]"))]
     made = [mutant for file in files for mutant in mutants_of_c(file)]
+    for folder, known in ((CORE, KNOWN_BY), (ADAPTERS, ADAPTERS_KNOWN_BY)):
+        names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
+        unknown = {name for name in names - {*known} if Path(name).name not in WITHOUT_MUTANTS}
+        assert not unknown, f"no tests are named that know these: {unknown}"
     made += [mutant for name in KNOWN_BY for mutant in mutants_of_python(CORE / name)]
     made += [mutant for name in ADAPTERS_KNOWN_BY for mutant in mutants_of_python(ADAPTERS / name)]
     for line in REGISTER["line"]:

@@ -199,15 +199,15 @@ def mutants(options):
 
 
 def adapters(options):
-    """Small faults put into the adapters, one at a time; the tests must notice."""
-    return judge(options.adapter_mutants, "adapters")
+    """Small faults put into the adapters, one at a time; a verdict stands until its file or its tests are edited."""
+    return judge(options.adapter_mutants, "adapters", ROOT / "build/mutants")
 
 
-def judge(count, under=""):
+def judge(count, under="", kept=None):
     """Of each kind of mutants, how many were killed."""
     from mutation import campaign, reason_of
 
-    judged, survived = campaign(count, say=say, under=under)
+    judged, survived = campaign(count, say=say, under=under, kept=kept)
     unexplained = [mutant for mutant in survived if not reason_of(mutant)]
     if unexplained or len(survived) > len(judged) / 10:
         found = "\n".join(map(str, unexplained or survived))
