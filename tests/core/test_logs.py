@@ -301,6 +301,8 @@ def test_columns_may_be_named(tmp_path):
     ]
     path.write_text('{"a": {"b": [1, {"c": 2}]}}\n{"a": {"b": [3]}}\n', encoding="utf-8")
     assert [log.norms.tolist() for log in read_log(path, ["a.b.0", "a.b.1.c"])] == [[1.0, 3.0], [2.0]]
+    path.write_text('{"0": {"0": 5, "1": 6}, "1": {"0": 1.5, "1": 2.5}}', encoding="utf-8")  # pandas's columns
+    assert read_norms(path, "1")[0].tolist() == [1.5, 2.5]
     path.write_text("0 1.5 7\n1 2.5 8\n", encoding="utf-8")
     assert read_norms(path, "1")[0].tolist() == [1.5, 2.5]
 
