@@ -341,8 +341,8 @@ def _fraction(digits: list[Any]) -> Any:
 # picks its row, sorts a few dozen numbers and reads two of them. It pays for each operation, however small, so there
 # are as few as possible. In float64 the result has the bits of the core; it is no estimate.
 
-# The columns of a row: six numbers, then norms.
-_INFINITY, _NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(7)
+# The columns of a row: five numbers, then norms.
+_NEAR, _FAR, _SHARE, _CAP, _LEAST, _NORMS = range(6)
 
 
 def deferred_table(
@@ -384,7 +384,7 @@ def deferred_table(
         if share >= 0.5:  # as numpy.percentile rounds: from the nearer of the two norms
             near, far, share = far, near, 1 - share
         least = max_threshold if clip.recorded_steps + recorded <= warmup else -inf
-        row = [inf, _as_bits(near), _as_bits(far), share, max_threshold, least, *known]
+        row = [_as_bits(near), _as_bits(far), share, max_threshold, least, *known]
         rows.append(row + [inf] * (_NORMS + width - len(row)))
     return rows
 

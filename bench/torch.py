@@ -1,16 +1,21 @@
 """A clipped PyTorch step beside torch's own clipping and the procedure of the paper's authors."""
 
+import ctypes
 import gc
 import itertools
 import time
+from array import array
 from collections.abc import Callable, Sequence
+from math import hypot
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from autoclip_torch import AutoClip, attach
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+import autoclip_core
 from bench.common import (
     QUICK_NOTE,
     Key,
@@ -33,7 +38,11 @@ large as theirs, so that AutoClip clips nine steps in ten, as it does at its def
 take turns in every round; each number is the median of {rounds} rounds, in microseconds per step, on the CPU with
 {threads} threads. A step inside a fused optimizer has no clipping of its own to time, so it is compared with
 `clip_grad_norm_` followed by the same fused optimizer. A deferred step is what the host of an accelerator has to do,
-here with gradients on the CPU, where operations are done at once, so that their time is in it."""
+here with gradients on the CPU, where operations are done at once, so that their time is in it.
+
+"{floor}" is what no step of ours can leave out, written in one function that can do nothing else: gather plain
+gradients and see that they are like those before, measure them, ask the history, scale them, tell torch, and take what
+the next step needs to know them again."""
 
 SIGMA = 0.3  # of the logarithm of the norms
 
@@ -42,6 +51,7 @@ TORCH = "torch.nn.utils.clip_grad_norm_"
 NORM = "one norm pass (get_total_norm)"
 AUTHORS = "the authors' procedure"
 PLAIN = "no clipping"
+FLOOR = "the least that a step does"
 SHAPES = {
     "10 x 1k": (10, 1_000),
     "50 x 1k": (50, 1_000),
@@ -55,6 +65,7 @@ QUICK_SHAPES = {"10 x 1k": (10, 1_000), "5 x 10k": (5, 10_000)}
 MOST = {"10 x 1k": 0.25, "50 x 1k": 0.25, "200 x 1k": 0.25, "100 x 10k": 0.6, "100 x 100k": 1.0, "20 x 1M": 0.75}
 AUTHORS_AT = ("100 x 10k", "10 x 1k")
 ATTACHED_AT = ("10 x 1k", "50 x 1k")
+FLOOR_AT = ("10 x 1k", "50 x 1k", "200 x 1k")
 DEFERRED_AT = "10 x 1k"
 FEW, MANY = 10, 1_000_000
 
@@ -132,6 +143,43 @@ def make_torch(count: int, size: int, place: Place = HERE) -> Subject:
     return subject
 
 
+def least_step(subject: Subject, history: int) -> Callable[[], None]:
+    library = ctypes.CDLL(autoclip_core.kernel_library())
+    measure, scale, fingerprint = (
+        getattr(library, f"autoclip_tensors_{name}") for name in ("measure", "scale", "fingerprint")
+    )
+    for function in (measure, scale, fingerprint):
+        function.argtypes = [ctypes.c_size_t] * (4 if function is fingerprint else 5)
+    fingerprint.restype = ctypes.c_uint64
+    clip = autoclip_core.AutoClip()
+    clip.history.extend(subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history))
+    guards = torch._C._dynamo.guards.TensorGuards(*subject.grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    sizes = array("Q", [grad.numel() for grad in subject.grads])
+    known = {}
+
+    def step() -> None:
+        grads: list[Tensor] = [param.grad for param in subject.params]
+        if not guards.check(*grads):
+            raise ValueError
+        addresses, norms = array("Q", map(Tensor.data_ptr, grads)), array("d", bytes(8 * len(grads)))
+        memory = addresses.buffer_info()[0], sizes.buffer_info()[0], len(sizes), grads[0].itemsize
+        measure(*memory, norms.buffer_info()[0])
+        decided = clip.observe(hypot(*sorted(norms)))
+        if decided.clipped:
+            increment_version(grads)
+            factors = array("d", [decided.scale]) * len(grads)
+            scale(*memory, factors.buffer_info()[0])
+        known["gradients"] = sum(grad._version for grad in grads), fingerprint(*memory)
+
+    return step
+
+
+def make_floor(count: int, size: int, history: int) -> Subject:
+    subject = Subject(count, size)
+    subject.step = least_step(subject, history)
+    return subject
+
+
 def make_norm(count: int, size: int, place: Place = HERE) -> Subject:
     subject = Subject(count, size, place)
     subject.step = lambda: nn.utils.get_total_norm([param.grad for param in subject.params]).item()
@@ -172,6 +220,9 @@ def with_clipping(subject: Subject, optimizer: torch.optim.Optimizer, clipping: 
     subject.step = optimizer.step
     if clipping == CLIP:
         fill(attach(optimizer), subject.norm, MANY)
+    elif clipping == FLOOR:
+        least = least_step(subject, MANY)
+        optimizer.register_step_pre_hook(lambda *_: least())
     elif clipping == TORCH:
         limit = 0.7 * subject.norm
 
@@ -208,12 +259,15 @@ def side_by_side(
 
 def measure(shapes: dict[str, tuple[int, int]], layers: tuple[int, int], rounds: int, budget: float) -> Measurements:
     measured = Measurements()
+    has_kernel = autoclip_core.NormHistory().backend == "native"
     for stream, (count, size) in shapes.items():
         subjects = {
             (CLIP, MANY): make_autoclip(count, size, MANY),
             (TORCH, 0): make_torch(count, size),
             (NORM, 0): make_norm(count, size),
         }
+        if stream in FLOOR_AT and has_kernel:
+            subjects[FLOOR, MANY] = make_floor(count, size, MANY)
         side_by_side(measured, "clip", stream, subjects, rounds, budget)
     for stream in filter(shapes.get, AUTHORS_AT):
         subjects = {
@@ -230,8 +284,10 @@ def measure(shapes: dict[str, tuple[int, int]], layers: tuple[int, int], rounds:
     for stream in filter(shapes.get, ATTACHED_AT):
         for optimizer in UNFUSED:
             subjects = {
-                (clipping, MANY if clipping == CLIP else 0): make_unfused(*shapes[stream], optimizer, clipping)
-                for clipping in (CLIP, TORCH, PLAIN)
+                (clipping, 0 if clipping in (TORCH, PLAIN) else MANY): make_unfused(
+                    *shapes[stream], optimizer, clipping
+                )
+                for clipping in (CLIP, TORCH, PLAIN, *[FLOOR] * has_kernel)
             }
             side_by_side(measured, f"plain {optimizer}", stream, subjects, rounds, budget)
     stream, (count, size) = list(shapes.items())[-1]
@@ -270,6 +326,15 @@ def targets(measured: Measurements, shapes: Sequence[str], layers: str) -> list[
         )
         for stream in shapes
     ]
+    rows += [
+        (
+            f"{FLOOR} / clip_grad_norm_, {stream}",
+            ratio(of("clip", stream, FLOOR, MANY), of("clip", stream, TORCH)),
+            "-",
+        )
+        for stream in FLOOR_AT
+        if stream in shapes
+    ]
     rows.append(
         (
             f"host time of a deferred step / clip_grad_norm_, {DEFERRED_AT}",
@@ -279,12 +344,15 @@ def targets(measured: Measurements, shapes: Sequence[str], layers: str) -> list[
     )
     for stream in ATTACHED_AT:
         for name in UNFUSED:
-            ours, torchs, plain = (
-                of(f"plain {name}", stream, subject, MANY if subject == CLIP else 0) for subject in (CLIP, TORCH, PLAIN)
-            )
-            if ours is not None and torchs is not None and plain is not None:
-                question = f"{name} not fused: what AutoClip attached adds / what clip_grad_norm_ adds, {stream}"
-                rows.append((question, ratio(ours - plain, torchs - plain), f"at most {MOST[stream]}"))
+            torchs, plain = (of(f"plain {name}", stream, subject) for subject in (TORCH, PLAIN))
+            for subject, what, most in (
+                (CLIP, "AutoClip attached", f"at most {MOST[stream]}"),
+                (FLOOR, FLOOR, "-"),
+            ):
+                ours = of(f"plain {name}", stream, subject, MANY)
+                if ours is not None and torchs is not None and plain is not None:
+                    question = f"{name} not fused: what {what} adds / what clip_grad_norm_ adds, {stream}"
+                    rows.append((question, ratio(ours - plain, torchs - plain), most))
     rows += [
         (
             f"fused {name}, AutoClip attached / clip_grad_norm_ + step, {last}",
@@ -335,7 +403,7 @@ def report(
     parts = [
         "# A clipped PyTorch step",
         *([QUICK_NOTE] if quick else []),
-        OPENING.format(rounds=rounds, threads=torch.get_num_threads()),
+        OPENING.format(rounds=rounds, threads=torch.get_num_threads(), floor=FLOOR),
         "## Against the targets",
         table(["question", "measured", "target"], targets(measured, shapes, layers)),
         "## Beside clip_grad_norm_, by the number and the size of gradients",

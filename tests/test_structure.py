@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/deepspeed.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
-    "adapters/autoclip_torch/gradients.py": "autoclip_torch torch",
+    "adapters/autoclip_torch/gradients.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/groups.py": "autoclip_core torch",
     "adapters/autoclip_torch/kernel.py": "autoclip_core torch",
     "adapters/autoclip_torch/layout.py": "autoclip_torch torch",

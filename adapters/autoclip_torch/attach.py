@@ -24,7 +24,7 @@ from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.deferred import DeviceStep
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, moved
+from autoclip_torch.gradients import as_tensor, is_dropped, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     innermost,
@@ -33,7 +33,6 @@ from autoclip_torch.optimizers import (
     needs_closure,
     refuse_hidden_updates,
 )
-from autoclip_torch.pipeline import is_dropped
 from autoclip_torch.watch import Watch
 
 if TYPE_CHECKING:
@@ -303,7 +302,7 @@ class StepHooks:
             # This optimizer unscales by itself, and looks for overflows by itself.
             found_inf = as_tensor(norms).isfinite().all().logical_not().float()
         steps = self._pipeline.decide(gradients, norms, found_inf)
-        fused = gradients.plain and _is_fused(optimizer)
+        fused = _is_fused(optimizer) and gradients.plain
         if isinstance(steps, DeviceStep):
             # The first step of a fused SGD cannot be left out: torch allocates its momentum before, without values.
             fused = fused and not lacks_momentum(optimizer)
@@ -354,18 +353,22 @@ class StepHooks:
 
     def _take_back(self) -> None:
         """Undo what was done to the optimizer for the time of its step."""
-        for param, grad in self._hidden:
-            if param.grad is None:
-                param.grad = grad
-        optimizer = self._optimizer()
-        for name, lent, before in self._lent:
-            if getattr(optimizer, name, None) is not lent:
-                continue
-            if before is _ABSENT:
-                delattr(optimizer, name)
-            else:
-                setattr(optimizer, name, before)
-        self._hidden, self._lent, self._gradients = [], [], None
+        self._gradients = None
+        if self._hidden:
+            for param, grad in self._hidden:
+                if param.grad is None:
+                    param.grad = grad
+            self._hidden = []
+        if self._lent:
+            optimizer = self._optimizer()
+            for name, lent, before in self._lent:
+                if getattr(optimizer, name, None) is not lent:
+                    continue
+                if before is _ABSENT:
+                    delattr(optimizer, name)
+                else:
+                    setattr(optimizer, name, before)
+            self._lent = []
 
 
 @cache

@@ -248,12 +248,11 @@ class AutoClip(Generic[Steps]):
         pipeline.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
-            every = enumerate(zip(*(field.unbind() for field in steps), strict=True))
-            steps = {index: ClipStep(*fields) for index, fields in every if index in present}
+            steps = {index: step for index, step in enumerate(steps.of_groups()) if index in present}
         if pipeline.groups.scope == "global":
-            return cast("Steps", steps[0])
+            return steps[0]  # type: ignore[return-value]
         names = list(pipeline.groups.by_name)
-        return cast("Steps", {names[index]: steps[index] for index in sorted(steps)})
+        return {names[index]: steps[index] for index in sorted(steps)}  # type: ignore[return-value]
 
     def log(self) -> dict[str, float]:
         """Return the latest step for a logger: plain numbers by name, none before the first step.

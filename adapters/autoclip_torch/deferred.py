@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, arrays
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, arrays
 from autoclip_torch.gradients import has_float64, moved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Each one pending widens the stretch of the history that is sent. More than a few only pile up if nobody would wait.
 MOST_PENDING = 4
@@ -54,13 +54,18 @@ _XP = SimpleNamespace(
 
 
 class DeviceStep(NamedTuple):
-    """A ClipStep of every group at once, which the host does not know: each field has shape (groups,)."""
+    """The steps of all groups at once, which the host does not know: each field has shape (groups,)."""
 
     norm: Tensor
     threshold: Tensor
     scale: Tensor
-    clipped: Tensor
     recorded: Tensor
+
+    def of_groups(self) -> Iterator[ClipStep]:
+        """Yield the step of each group; its fields have shape ()."""
+        norm, threshold, scale, recorded = self
+        fields = norm, threshold, scale, scale < recorded, recorded
+        return map(ClipStep, *(field.unbind() for field in fields))
 
 
 class Pending:
@@ -121,6 +126,7 @@ class Deferred:
         self._limits = {"warmup": options["warmup"], "max_threshold": cap}
         self._nonfinite = options["nonfinite"]
         self._report = report
+        self._infinity = moved(torch.tensor(inf, dtype=torch.float64, device="cpu"), device)
         window = options["window"]
         self._most = min(MOST_PENDING, window or MOST_PENDING)
         self._pending: deque[Pending] = deque()
@@ -142,13 +148,13 @@ class Deferred:
         numbers = array("d", chain.from_iterable(chain.from_iterable(tables)))
         shaped = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
         table = moved(shaped, self.device)
-        remembered = arrays.norm_to_remember(_XP, norms, table[:, 0, 0])
+        remembered = arrays.norm_to_remember(_XP, norms, self._infinity)
         self._pending.append(Pending(norms, remembered, percentile))
-        pending = torch.stack([step.remembered for step in self._pending], -1)
+        waiting = [step.remembered for step in self._pending]
+        pending = torch.stack(waiting, -1) if count > 1 else remembered.unsqueeze(-1)  # which copies nothing
         threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._limits["warmup"])
         scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
-        latest = recorded[:, -1]
-        return DeviceStep(norms, threshold, scale, scale < latest, latest)
+        return DeviceStep(norms, threshold, scale, recorded[:, -1])
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""

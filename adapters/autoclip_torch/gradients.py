@@ -18,6 +18,7 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import Counter
 from functools import cache
 from itertools import chain, islice, repeat
@@ -32,9 +33,11 @@ from autoclip_torch import kernel
 from autoclip_torch.layout import Kind, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
+
+    from autoclip_core import ClipStep
 
 _CPU = torch.device("cpu")
 _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
@@ -43,7 +46,7 @@ _HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Of one tensor after the other, without a word of Python in between.
-_grad, _version = attrgetter("grad"), attrgetter("_version")
+_grad, _version, _scale = attrgetter("grad"), attrgetter("_version"), attrgetter("scale")
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
@@ -57,14 +60,15 @@ class Gradients:
         process_group: a process group whose ranks hold different parameters of the same groups; None if every rank
             holds all (or holds shards of them as DTensors, which know their ranks).
         device: where the norms shall be, if there is a gradient.
-        layout: of the gradients that the same parameters had in an earlier step. Where these are like them, they are
-            sorted in a fraction of the time.
+        layout: of the gradients that the same parameters, none of them a DTensor, had in an earlier step. Where these
+            are like them, they are sorted in a fraction of the time.
     """
 
     count: int  # of the groups
     first: Tensor | None = None  # the first gradient's memory on this rank; None if there is no gradient
     device: torch.device  # where the norms are: the first gradient's, unless another was asked for
     plain = True  # whether there are no DTensors
+    is_shared: bool  # whether norms are added up over ranks
     layout: Layout  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
     _dtensor: Any = ()
@@ -79,33 +83,34 @@ class Gradients:
     ) -> None:
         self.count = len(groups)
         self._process_group = process_group
-        # There are no DTensors before somebody has imported their module, which takes a second.
-        if (module := sys.modules.get("torch.distributed.tensor")) is not None:
-            self._find_shards(groups, module.DTensor)
-        batches = None
-        if layout is not None and self.plain:
-            batches = layout.sort(list(map(_grad, chain.from_iterable(groups))))
-        if layout is not None and batches is not None:
-            self.layout = layout
-            self._batches = list(map(_Batch, layout.kinds, *batches))
-            self.first = self._batches[0].tensors[0]
-        else:
+        self.is_shared = process_group is not None
+        batches = None if layout is None else layout.sort(list(map(_grad, chain.from_iterable(groups))))
+        if layout is None or batches is None:
+            self._find_shards(groups)
             self._sort(groups)
-        if device in self.layout.devices:
+        else:
+            self.layout = layout
+            self._batches = list(map(_Batch._make, batches))
+            self.first = self._batches[0].tensors[0]
+        if device is not None and device in self.layout.devices:
             self.device = device
-        elif self.first is not None:
-            self.device = self.first.device
+        elif self._batches:
+            self.device = self._batches[0].kind.device
         else:
             self.device = next((param.device for params in groups for param in params), _CPU)
 
-    def _find_shards(self, groups: Sequence[Sequence[Tensor]], dtensor: Any) -> None:
+    def _find_shards(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Find which ranks have the other shards of DTensors, if parameters are such."""
-        self._dtensor = dtensor
+        # There are none before somebody has imported their module, which takes a second.
+        if (module := sys.modules.get("torch.distributed.tensor")) is None:
+            return
+        self._dtensor = dtensor = module.DTensor
         if any(issubclass(kind, dtensor) for kind in set(map(type, chain.from_iterable(groups)))):
             self.plain = False
             dtensors = [param for params in groups for param in params if isinstance(param, dtensor)]
             # By mesh and placements; of all parameters, so that ranks agree whatever gradients they have.
             self._shards_of = {place: _shards(*place) for place in dict.fromkeys(map(_place, dtensors))}
+            self.is_shared |= any(self._shards_of.values())
             _place_like_params(dtensors)
 
     @torch.no_grad()
@@ -155,11 +160,6 @@ class Gradients:
         return local, shards
 
     @property
-    def is_shared(self) -> bool:
-        """Whether norms are added up over ranks."""
-        return self._process_group is not None or (not self.plain and any(self._shards_of.values()))
-
-    @property
     def present(self) -> set[int]:
         """The groups that have gradients on this rank; a single group even if it has none."""
         return {0} if self.count == 1 else {index for batch in self._batches for index in batch.kind.groups}
@@ -175,11 +175,11 @@ class Gradients:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
             return version(self.first)
-        return sum([batch.versions() for batch in self._batches])
+        return sum(map(_Batch.versions, self._batches))
 
-    def heads(self) -> list[int | list[Tensor]]:
-        """Return of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
-        return [] if self.is_shared else [batch.heads() for batch in self._batches]
+    def heads(self) -> Iterator[int | list[Tensor]]:
+        """Yield of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
+        return map(_Batch.heads, () if self.is_shared else self._batches)
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor | list[float]:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -230,11 +230,11 @@ class Gradients:
         places = moved(torch.tensor(groups, device="cpu"), self.device)
         return found.new_full((*found.shape[:-1], self.count), fill).index_copy_(-1, places, found)
 
-    def scale_(self, scales: Mapping[int, float]) -> None:
+    def scale_(self, steps: Mapping[int, ClipStep]) -> None:
         """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
         for batch in self._batches:
-            factors = [scales[index] for index in batch.kind.groups]
-            if set(factors) == {1.0}:
+            factors = [steps[index].scale for index in batch.kind.groups]
+            if factors.count(1.0) == len(factors):
                 continue
             sizes = batch.kind.sizes
             each = factors * sizes[0] if len(sizes) == 1 else list(chain.from_iterable(map(repeat, factors, sizes)))
@@ -323,6 +323,11 @@ class _Batch(NamedTuple):
             torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(keep, device))
 
 
+def is_dropped(steps: Mapping[int, ClipStep]) -> bool:
+    """Return whether the update must not be made: one group without a finite norm spoils it."""
+    return 0.0 in map(_scale, steps.values())
+
+
 def head(tensor: Tensor) -> Tensor:
     """Return the bits of the first elements, shape (bytes,)."""
     if tensor.is_contiguous():
@@ -365,12 +370,13 @@ def widest(device: torch.device) -> torch.dtype:
 
 def as_tensor(norms: Tensor | list[float]) -> Tensor:
     """Return norms as a tensor, if they are not one."""
-    return norms if isinstance(norms, Tensor) else torch.tensor(norms, dtype=torch.float64, device=_CPU)
+    # torch.tensor takes three times as long.
+    return norms if isinstance(norms, Tensor) else torch.frombuffer(array("d", norms), dtype=torch.float64)
 
 
 def is_capturing(device: torch.device) -> bool:
     """Return whether what is asked of the device is recorded for a graph, and not done."""
-    if device.type == "cpu":
+    if device == _CPU:
         return False
     asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
     return asks is not None and asks()

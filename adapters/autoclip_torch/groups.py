@@ -99,8 +99,9 @@ class Groups:
         if optimizer is None:
             return False
         groups = optimizer.param_groups
-        listed = [param for group in groups for param in group["params"]]
-        sizes = [len(group["params"]) for group in groups]
+        params = [group["params"] for group in groups]
+        listed = list(chain.from_iterable(params))
+        sizes = list(map(len, params))
         if sizes == self._sizes and all(map(is_, listed, self._listed)):
             return False
         places = [f"{index}.{at}" for index, group in enumerate(groups) for at in range(len(group["params"]))]

@@ -72,8 +72,9 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._sizes = array("Q", map(Tensor.numel, tensors))
+        self._no_norms = array("d", [0.0]) * len(self._sizes)
         # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
-        self._arguments = _begin(self._sizes), len(self._sizes), _WIDTHS[tensors[0].dtype]
+        self._arguments = self._sizes.buffer_info()[0], len(self._sizes), _WIDTHS[tensors[0].dtype]
 
     def measure(self, tensors: Sequence[Tensor]) -> Memory | None:
         """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
@@ -81,9 +82,9 @@ class Layout:
             addresses = array("Q", map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
-        norms = array("d", [0.0]) * len(addresses)
-        arguments = _begin(addresses), *self._arguments
-        if not _library().autoclip_tensors_measure(*arguments, _begin(norms)):
+        norms = self._no_norms[:]
+        arguments = addresses.buffer_info()[0], *self._arguments
+        if not _library().autoclip_tensors_measure(*arguments, norms.buffer_info()[0]):
             return None
         return Memory(norms.tolist(), arguments, (self, addresses))
 
@@ -102,7 +103,7 @@ class Memory(NamedTuple):
             changed = [tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0]
         increment_version(changed)
         numbers = array("d", factors)
-        _library().autoclip_tensors_scale(*self.arguments, _begin(numbers))
+        _library().autoclip_tensors_scale(*self.arguments, numbers.buffer_info()[0])
 
     def fingerprint(self) -> int:
         """Return a number that tells where the tensors are, and their first elements, from others."""
@@ -130,10 +131,6 @@ def _library() -> Any:
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *numbers]
         function.restype = result
     return library
-
-
-def _begin(numbers: array[Any]) -> int:
-    return numbers.buffer_info()[0]
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -45,13 +45,14 @@ class Layout:
     def __init__(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
         self.kinds = kinds
         self.devices = {kind.device for kind in kinds}
-        self.rounding = max([torch.finfo(kind.dtype).eps for kind in kinds], default=0.0)
+        # By what part of it scaling may change a norm, beside the scale.
+        self.rounding = max([1e-5, *(torch.finfo(kind.dtype).eps / 2 for kind in kinds)])
         self._count = len(grads)
         self._absent = [grad is None for grad in grads] if len(tensors) < len(grads) else None
         self._guards = _guards([grad for grad in grads if grad is not None], tensors)
 
-    def sort(self, grads: Sequence[Any]) -> tuple[list[Any], list[kernel.Memory | None]] | None:
-        """Return the tensors and the memory of each batch; None if the gradients are not like those before.
+    def sort(self, grads: Sequence[Any]) -> list[tuple[Kind, Sequence[Tensor], kernel.Memory | None]] | None:
+        """Return the kind, the tensors and the memory of each batch; None if the gradients are not like those before.
 
         Args:
             grads: of the same parameters.
@@ -65,14 +66,14 @@ class Layout:
         # Where no graph is made, the guards do not ask for one.
         if not self._guards.check(*grads) or grads[0].requires_grad:
             return None
-        batches = [grads] if len(self.kinds) == 1 else [[grads[at] for at in kind.places] for kind in self.kinds]
-        memories: list[kernel.Memory | None] = []
-        for kind, tensors in zip(self.kinds, batches, strict=True):
+        batches = []
+        for kind in self.kinds:
+            tensors = grads if len(self.kinds) == 1 else [grads[at] for at in kind.places]
             memory = None
             if kind.memory is not None and (memory := kind.memory.measure(tensors)) is None:
                 return None
-            memories.append(memory)
-        return batches, memories
+            batches.append((kind, tensors, memory))
+        return batches
 
 
 def _guards(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from math import copysign, hypot, inf, isfinite
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakMethod
 
@@ -21,7 +22,16 @@ from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep,
 from autoclip_torch.agreement import Agreement
 from autoclip_torch.deferred import Deferred, DeviceStep
 from autoclip_torch.engines import refuse_parts
-from autoclip_torch.gradients import NOT_SEEN, Gradients, as_tensor, has_float64, is_capturing, moved, widest
+from autoclip_torch.gradients import (
+    NOT_SEEN,
+    Gradients,
+    as_tensor,
+    has_float64,
+    is_capturing,
+    is_dropped,
+    moved,
+    widest,
+)
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 from autoclip_torch.sharing import Sharing
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
 Mode = Literal["auto", "immediate", "deferred"]
 
 _SHARE_OVER = 100  # steps
+_is_trained, _clipped = attrgetter("requires_grad"), attrgetter("clipped")
 _DEFERRED_BY_ITSELF = {"cuda", "xpu"}
 
 
@@ -82,6 +93,7 @@ class Pipeline:
         self._warned = False
         self._may_be_copies = process_group is not None
         self._layout: Layout | None = None  # of the latest gradients
+        self._is_deferred = mode == "deferred"  # whether the device decides about them
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
@@ -101,13 +113,25 @@ class Pipeline:
 
     def replace(self, clips: dict[str, AutoClip], shares: Iterable[float] = ()) -> None:
         """Go on with other clips of the same groups, and forget all that was on its way."""
-        self._clips = clips
+        self._hold(clips)
         self._percentile = next(iter(clips.values())).percentile
-        self._deferred: Deferred | None = None
         self._error: NonFiniteNormError | None = None  # of a deferred step, to be raised by the next one
         self.repeats.forget()
-        self.latest: dict[str, ClipStep] = {}  # step of each group, as far as the host knows
+        self._latest: tuple[list[str], dict[int, ClipStep]] = [], {}  # the names of the groups, and their latest steps
         self.clipped_shares: deque[float] = deque(shares, _SHARE_OVER)  # of the groups, at each step
+
+    def _hold(self, clips: dict[str, AutoClip]) -> None:
+        """Take the clips of the groups as they are now; what each step needs of both is made once."""
+        self._clips = clips
+        self._names, self._ordered = list(clips), list(clips.values())
+        self._params = list(self.groups.by_name.values())
+        self._deferred: Deferred | None = None
+
+    @property
+    def latest(self) -> dict[str, ClipStep]:
+        """The latest step of each group, as far as the host knows."""
+        names, steps = self._latest
+        return {names[index]: steps[index] for index in sorted(steps)}
 
     @property
     def percentile(self) -> float:
@@ -142,16 +166,15 @@ class Pipeline:
 
     def refresh(self) -> None:
         """See which parameters an optimizer has now, and give new groups a history."""
-        # An engine may have taken them since: it takes all that are trained, so one of them tells.
-        if (param := next(filter(_is_trained, self.groups.params), None)) is not None:
+        # An engine may have taken them since: it takes all that are trained, so one of them tells, by an attribute.
+        if (param := next(filter(_is_trained, self.groups.params), None)) is not None and param.__dict__:
             self.refuse_parts([param])
         if self.groups.refresh():
-            self.refuse_parts(self.groups.params)
             clips = self.clips
             origins = self.groups.origins
             self._layout = None
-            self._clips = {name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name}
-            self._deferred = None
+            self._hold({name: clips.get(origins.get(name, "")) or self.make_clip() for name in self.groups.by_name})
+            self.refuse_parts(self.groups.params)
 
     def measure(self, grad_scale: Tensor | None = None) -> tuple[Gradients, Tensor | list[float]]:
         """Return the gradients as they are now, and the norm of each group; as numbers if the host knows them.
@@ -170,15 +193,19 @@ class Pipeline:
             )
         self.refresh()
         device = self._deferred.device if self._deferred is not None else None
-        self._sharing.look()
-        gradients = Gradients(list(self.groups.by_name.values()), self._process_group, device, self._layout)
-        self._layout = gradients.layout
+        if self._sharing.shared:
+            self._sharing.look()
+        gradients = Gradients(self._params, self._process_group, device, self._layout)
+        if gradients.layout is not self._layout:
+            self._layout = gradients.layout if gradients.plain else None
+            self._is_deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients))
         if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
                 "capture the forward and backward pass only, and step after each replay."
             )
-        self.receive()
+        if self._deferred is not None:
+            self._deferred.receive()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -227,15 +254,17 @@ class Pipeline:
         Returns:
             A step per group, none if the step is not seen; or, deferred, one step of tensors, shape (groups,).
         """
-        self.agree(norms)
-        if self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients)):
+        if self._agreement is not None:
+            self.agree(norms)
+        if self._is_deferred:
             return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
             return {}
-        self.receive(wait=True)  # all norms are known: a model may have left its device
+        if self._deferred is not None:
+            self._deferred.receive(wait=True)  # all norms are known: a model may have left its device
         found = _found(_numbers(norms))
         if self.repeats.has(gradients, found):
-            clips = list(self._clips.values())
+            clips = self._ordered
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
         return self.observe(found)
 
@@ -254,11 +283,10 @@ class Pipeline:
         if isinstance(steps, DeviceStep):
             gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
             return
-        scales = {index: step.scale for index, step in steps.items()}
-        if 0.0 in scales.values():
+        if is_dropped(steps):
             gradients.zero_()
         else:
-            gradients.scale_(scales)
+            gradients.scale_(steps)
 
     def leave(
         self,
@@ -282,7 +310,8 @@ class Pipeline:
     def touch(self, gradients: Gradients) -> None:
         """Take gradients as they are for ours, when nobody writes to them any more in this step."""
         self.repeats.touch(gradients)
-        self._sharing.mark(self.latest)
+        if self._sharing.shared:
+            self._sharing.mark(self.latest)
 
     def _decide_on_device(self, gradients: Gradients, norms: Tensor, found_inf: Tensor | None) -> DeviceStep:
         if self._deferred is None or self._deferred.device != gradients.device:
@@ -319,39 +348,24 @@ class Pipeline:
 
     def observe(self, norms: dict[int, float]) -> dict[int, ClipStep]:
         """Hand the norms of the groups that have one to the core."""
-        names, clips = list(self._clips), list(self._clips.values())
+        joint = hypot(*norms.values())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
-        order: Iterable[int] = norms
-        if not all(map(isfinite, norms.values())):
-            order = sorted(norms, key=lambda index: isfinite(norms[index]))
+        order = norms if isfinite(joint) else sorted(norms, key=lambda index: isfinite(norms[index]))
         steps = {}
         for index in order:
             try:
-                steps[index] = clips[index].observe(norms[index])
+                steps[index] = self._ordered[index].observe(norms[index])
             except NonFiniteNormError as error:
                 if self.groups.scope != "global":
-                    error.add_note(f"It is the norm of the group {names[index]!r}.")
+                    error.add_note(f"It is the norm of the group {self._names[index]!r}.")
                 raise
         if steps:
-            self.latest = {names[index]: steps[index] for index in norms}
-            self.clipped_shares.append(sum([step.clipped for step in steps.values()]) / len(steps))
-            self._watch(hypot(*norms.values()))
+            self._latest = self._names, steps
+            self.clipped_shares.append(sum(map(_clipped, steps.values())) / len(steps))
+            if self._plateau is not None and 0.0 < joint < inf and (odd := self._plateau.see(joint)) is not None:
+                self._plateau = None  # another clipper has had the gradients before
+                warnings.warn(odd, RuntimeWarning, stacklevel=4)
         return steps
-
-    def _watch(self, norm: float) -> None:
-        """See whether another clipper has had the gradients before."""
-        if self._plateau is not None and 0.0 < norm < inf and (odd := self._plateau.see(norm)) is not None:
-            self._plateau = None
-            warnings.warn(odd, RuntimeWarning, stacklevel=5)
-
-
-def _is_trained(param: Tensor) -> bool:
-    return param.requires_grad
-
-
-def is_dropped(steps: dict[int, ClipStep]) -> bool:
-    """Return whether the update must not be made: one group without a finite norm spoils it."""
-    return 0.0 in [step.scale for step in steps.values()]
 
 
 def _numbers(norms: Tensor | list[float]) -> list[float]:
@@ -365,8 +379,5 @@ def _found(norms: list[float]) -> dict[int, float]:
 
 def _is_deferred_for(gradients: Gradients) -> bool:
     """Return whether nobody need wait: not the host for gradients of its own, nor for want of float64."""
-    return all(map(_is_deferred_on, gradients.layout.devices or {gradients.device}))
-
-
-def _is_deferred_on(device: torch.device) -> bool:
-    return device.type in _DEFERRED_BY_ITSELF and has_float64(device)
+    devices = gradients.layout.devices or {gradients.device}
+    return all(device.type in _DEFERRED_BY_ITSELF and has_float64(device) for device in devices)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from autoclip_core import ClipStep
 from autoclip_torch.deferred import DeviceStep
-from autoclip_torch.gradients import moved, version
+from autoclip_torch.gradients import is_dropped, moved, version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -66,29 +66,29 @@ class Repeats:
         if same is True:
             return
         self.forget()
-        if gradients.first is None and not gradients.is_shared:
+        first = gradients.first
+        if first is None and not gradients.is_shared:
             return  # where nobody has a gradient there is nothing to be left
-        self._mark = None if gradients.first is None else next(_marks)
-        if gradients.first is not None:
-            setattr(gradients.first, _MARK, self._mark)
-        self._version = version(gradients.first)
+        self._mark = None if first is None else next(_marks)
+        if first is not None:
+            setattr(first, _MARK, self._mark)
+        self._version = version(first)
         self._is_exact = exactly
         if isinstance(steps, DeviceStep):
             self._left = steps
             self._before = same or None
             self._are_zeros = not may_keep_nonfinite  # all of them, if one is dropped
         else:
-            is_dropped = 0.0 in [step.scale for step in steps.values()]
-            self._left = dict.fromkeys(steps, _ZEROS) if is_dropped else steps
+            self._left = dict.fromkeys(steps, _ZEROS) if is_dropped(steps) else steps
 
     def touch(self, gradients: Gradients) -> None:
         """Take for ours what was written since: fused optimizers write the gradients that they have scaled."""
         self._versions = gradients.versions()
         self._is_exact = self._is_exact and version(gradients.first) == self._version
         if isinstance(self._left, DeviceStep):
-            self._samples, self._left = _copy(gradients, [self._left.norm, self._left.scale])
+            self._samples, self._left = _samples_and_copies(gradients, [self._left.norm, self._left.scale])
         else:
-            self._samples, _ = _copy(gradients)
+            self._samples = _samples(gradients)
 
     def forget(self) -> None:
         """Take whatever comes for new."""
@@ -101,10 +101,15 @@ class Repeats:
         self._same = False
         if not isinstance(left, dict) or norms.keys() != left.keys():
             return False
-        rounding = _rounding_of(gradients)
+        rounding = gradients.layout.rounding
         unscaled = 0.0 if self._is_exact else rounding
         for index, norm in norms.items():  # first, for it tells nearly all that are new
-            if not _is_near(norm, left[index], unscaled, rounding):
+            step = left[index]
+            known = step.norm * step.scale
+            if isfinite(norm):
+                if not abs(norm - known) <= (unscaled if step.scale == 1.0 else rounding) * norm:
+                    return False
+            elif isfinite(known):
                 return False
         self._same = self._is_untouched(gradients) and all(starmap(_is_equal, self._pairs(gradients)))
         return self._same
@@ -118,7 +123,7 @@ class Repeats:
         left = before * scale  # NaN of a group that is dropped
         if self._are_zeros:
             left = torch.where(left.isnan().any(), 0.0, left)
-        rounding = _rounding_of(gradients)
+        rounding = gradients.layout.rounding
         tolerance = torch.where(scale == 1.0, 0.0 if self._is_exact else rounding, rounding)
         if self._before is not None:
             was_same, left_before, tolerance_before = self._before
@@ -141,38 +146,31 @@ class Repeats:
 
     def _pairs(self, gradients: Gradients) -> Iterable[tuple[_Sample | None, _Sample | None]]:
         """Yield the samples of each batch, as it was left and as it is."""
-        return zip_longest(self._samples, _copy(gradients)[0])
+        return zip_longest(self._samples, _samples(gradients))
 
 
-def _copy(gradients: Gradients, numbers: Sequence[Tensor] = ()) -> tuple[list[_Sample], Tensor | None]:
-    """Return some elements, and copies of numbers, stacked: a caller may change what a step returns."""
+def _samples(gradients: Gradients) -> list[_Sample]:
+    """Return some elements of each batch."""
+    return [heads if isinstance(heads, int) else torch.cat(heads) for heads in gradients.heads()]
+
+
+def _samples_and_copies(gradients: Gradients, numbers: Sequence[Tensor]) -> tuple[list[_Sample], Tensor]:
+    """Return the samples, and copies of numbers, stacked: a caller may change what a step returns."""
     samples: list[_Sample] = []
     copied = None
-    bits = [number.view(torch.uint8) for number in numbers]
     for heads in gradients.heads():
         if isinstance(heads, int):
             samples.append(heads)
-        elif copied is None and numbers and numbers[0].device == heads[0].device:
+        elif copied is None and numbers[0].device == heads[0].device:
             # In one launch.
+            bits = [number.view(torch.uint8) for number in numbers]
             size = sum(map(Tensor.numel, bits))
             both = torch.cat([*bits, *heads])
             samples.append(both[size:])
             copied = both[:size].view(numbers[0].dtype).view(len(numbers), -1)
         else:
             samples.append(torch.cat(heads))
-    return samples, torch.stack([*numbers]) if numbers and copied is None else copied
-
-
-def _rounding_of(gradients: Gradients) -> float:
-    """Return by what part of it scaling may change a norm, beside the scale."""
-    return max(1e-5, gradients.layout.rounding / 2)
-
-
-def _is_near(norm: float, step: ClipStep, unscaled: float, rounding: float) -> bool:
-    left = step.norm * step.scale
-    if not isfinite(norm):
-        return not isfinite(left)
-    return abs(norm - left) <= (unscaled if step.scale == 1.0 else rounding) * norm
+    return samples, torch.stack([*numbers]) if copied is None else copied
 
 
 def _is_equal(old: _Sample | None, new: _Sample | None) -> bool:

@@ -27,24 +27,24 @@ class Sharing:
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._shared: set[int] = set()  # parameters, by id
+        self.shared: set[int] = set()  # parameters, by id; none if there is no other one
         self._warned = False
         own = set(map(id, groups.params))
         with _lock:
             for other in _every:
                 common = own.intersection(map(id, other._groups.params))
-                other._shared |= common
-                self._shared |= common
+                other.shared |= common
+                self.shared |= common
             _every.add(self)
 
     def mark(self, latest: Mapping[str, ClipStep]) -> None:
         """Say on a shared gradient who has clipped it, once nobody writes to it any more in this step."""
-        if self._shared and any(step.clipped for step in latest.values()) and (grad := self._gradient()) is not None:
+        if any(step.clipped for step in latest.values()) and (grad := self._gradient()) is not None:
             setattr(grad, _MARK, (id(self), version(grad)))
 
     def look(self) -> None:
         """Warn, once, if another one has clipped a gradient that is to be measured."""
-        if not self._shared or self._warned or (grad := self._gradient()) is None:
+        if self._warned or (grad := self._gradient()) is None:
             return
         owner, clipped = getattr(grad, _MARK, (id(self), 0))
         if owner != id(self) and clipped == version(grad):
@@ -57,5 +57,5 @@ class Sharing:
             )
 
     def _gradient(self) -> Tensor | None:
-        shared = (param.grad for param in self._groups.params if id(param) in self._shared)
+        shared = (param.grad for param in self._groups.params if id(param) in self.shared)
         return next((grad for grad in shared if grad is not None), None)

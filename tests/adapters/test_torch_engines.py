@@ -9,7 +9,7 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
-from autoclip_torch import AutoClip, attach, deepspeed
+from autoclip_torch import AutoClip, attach, deepspeed, gradients
 from autoclip_torch.agreement import Agreement
 from autoclip_torch.gradients import Gradients
 from torch import nn
@@ -391,3 +391,21 @@ def test_copies_of_one_gradient_are_suspected_where_there_is_a_norm(monkeypatch)
     (said,), asks_again = suspects((8.0, 4.0))
     assert said.startswith("All 2 ranks of process_group have a gradient of the same norm, 2.")
     assert not asks_again
+
+
+def test_rank_takes_part_in_every_step_though_none_of_its_gradients_is_a_dtensor(monkeypatch):
+    """The other ranks may have some, and its gradients are like those of the step before."""
+
+    class Spread(torch.Tensor):
+        device_mesh = placements = None
+
+    asked = []
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", Spread)
+    monkeypatch.setattr(gradients, "_shards", lambda *_: ("ranks",))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _, group: asked.append(group))
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2).as_subclass(Spread))]
+    clip = AutoClip(params)
+    for step in range(3):
+        params[0].grad = torch.full((2,), 1.0 + step)
+        clip.step()
+    assert asked == ["ranks"] * 3
