@@ -112,7 +112,7 @@ ADAPTERS_ELSEWHERE = {"autoclip_torch": "test_torch_distributed", "autoclip_jax"
 FRAMEWORKS = {
     "autoclip_torch": "pytest hypothesis autoclip_core torch._dynamo",
     "autoclip_jax": "pytest hypothesis autoclip_core jax optax",
-    "autoclip_tensorflow": "pytest hypothesis autoclip_core tensorflow torch",
+    "autoclip_tensorflow": "pytest hypothesis autoclip_core torch",  # tensorflow imports Keras, and that one backend
 }
 # What takes long, and judges what the rest of the contract judges too.
 LONG = "not recorded_trace and not new_process and not demo and not workers and not replicas and not inductor"
@@ -616,6 +616,7 @@ class AdapterTests:
 
     def run(self, tests, on, patience=600, plugin=lambda: None):
         """Whether tests pass in so many seconds of the processor."""
+        assert "keras" not in sys.modules, "Keras is imported already, so each child would have one backend"
         gc.freeze()  # or each child goes through all that the parent holds, again and again
         child = os.fork()
         if child == 0:

@@ -30,7 +30,7 @@ PAGE = ROOT / "adapters/TRAINERS.md"
 SECONDS = 600  # for one process
 
 # What is installed for each family, with the versions of constraints.txt.
-FAMILIES = {"torch": ".[lightning,transformers]", "jax": ".[jax]"}
+FAMILIES = {"torch": ".[lightning,transformers]", "jax": ".[jax]", "keras": ".[jax,keras,torch]"}
 
 
 def install(family):
@@ -64,7 +64,10 @@ def snippet_of(program):
     parts = re.findall(
         r"^ *# page\n(.*?)^ *# end of page\n", program.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    text = "\n".join(textwrap.dedent(part).strip("\n") for part in parts)
+    text = ""
+    for part in parts:
+        after_class = "\n\n\n" if text.rpartition("\n")[2].startswith(" ") else "\n"
+        text += (after_class if text else "") + textwrap.dedent(part).strip("\n")
     return text.replace(", PERCENTILE", "").replace("PERCENTILE", "")  # as in the paper, where nothing is said
 
 
@@ -112,7 +115,7 @@ def table_of(parts):
             resumed = (
                 ", ".join(dict.fromkeys(RESUMED[case["resumed"]] for case in cases if "resumed" in case)) or "as any"
             )
-            number = len(snippet_of(program).splitlines())
+            number = sum(map(bool, snippet_of(program).splitlines()))
             lines.append(f"| {library}{version} | {what} | {number} | {tried} | {updates:,} | {resumed} |")
     return "\n".join(lines)
 
@@ -125,8 +128,10 @@ def write(parts):
 `make trainers`: a small training with AutoClip on in each library, on CPUs and Python {platform.python_version()}.
 What is checked:
 
-- every real update has exactly one record, of the unclipped and unscaled norm, within 1e-6 of the float64 one;
-- each threshold is, to the last bit, numpy.percentile of the norms so far, in float32 where JAX or TensorFlow hold it;
+- every real update has exactly one record, of the unclipped and unscaled norm, within 1e-6 of the float64 one (in Keras
+  1e-5, because the gradient is taken a second time);
+- each threshold is, to the last bit, numpy.percentile of the norms so far, in float32 where JAX or Keras hold it (in
+  Keras on JAX to one unit in the last place);
 - the gradients that AutoClip leaves to the optimizer have the norm that the rule says;
 - the latest norm and threshold are what the library logs;
 - a new process that loads the library's own checkpoint goes on as the first one did: to the last bit or, where the
