@@ -118,6 +118,7 @@ FILES = {
     "words_alone.log": ("step 1 grad_norm 1.5 loss 3\nstep 2 grad_norm tensor(2.5) loss 3\n", "grad_norm", [1.5, 2.5]),
     "signs.log": ("step=1,grad_norm=1.5,loss=3\nstep=2,grad_norm=2.5.\n", "grad_norm", [1.5, 2.5]),
     "one_sign.log": ("grad_norm: 1.5\ngrad_norm: None\n", "grad_norm", [1.5]),
+    "exact.log": ("param grad norm sum: 9 | grad norm: 1.5 |\ngrad norm -> see below\n", "grad norm", [1.5]),
     "colours.log": ("\x1b[31mstep: 1  \x1b[38;5;1mgrad_norm:  1.5\x1b[0m\n", "grad_norm", [1.5]),
     "table_of_messages.csv": ("grad_norm,note\nNA,grad_norm: 9\n1.5,\n", "grad_norm", [1.5]),
     "settings.log": ("grad norm clipping at 1.0\nmax_grad_norm=1.0\ngrad_norm=1.5\n", "grad_norm", [1.5]),
@@ -153,6 +154,7 @@ PARTS = {
         [1.5, 2.5, 3.5, 4.5],
         "the header stands again in line 3 and 2 more",
     ),
+    "thousands.csv": ("step;grad_norm\n0;1.234,5\n1;2,5\n", [2.5], r"line 2 with '1\.234,5'"),
     "words.log": ("grad_norm: 1.5\ngrad_norm: x\ngrad_norm: 1,234.5\n", [1.5], "2 entries skipped.*: line 2 with 'x'"),
     "cut.log": ("grad_norm=1.5\ngrad_norm=2.", [1.5, 2.0], "line 2 has no end, and '2' may be cut"),
     "killed.jsonl": (
@@ -299,6 +301,8 @@ def test_columns_may_be_named(tmp_path):
     ]
     path.write_text('{"a": {"b": [1, {"c": 2}]}}\n{"a": {"b": [3]}}\n', encoding="utf-8")
     assert [log.norms.tolist() for log in read_log(path, ["a.b.0", "a.b.1.c"])] == [[1.0, 3.0], [2.0]]
+    path.write_text('{"0": {"0": 5, "1": 6}, "1": {"0": 1.5, "1": 2.5}}', encoding="utf-8")  # pandas's columns
+    assert read_norms(path, "1")[0].tolist() == [1.5, 2.5]
     path.write_text("0 1.5 7\n1 2.5 8\n", encoding="utf-8")
     assert read_norms(path, "1")[0].tolist() == [1.5, 2.5]
 
