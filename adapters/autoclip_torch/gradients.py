@@ -348,7 +348,13 @@ def _is_read_only(grad: Any) -> bool:
         return True
     if grad.layout is not torch.strided or grad.is_contiguous():
         return False
-    return any(step == 0 and size > 1 for step, size in zip(grad.stride(), grad.shape, strict=True))
+    reach = 0  # of the dimensions with shorter strides
+    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 @cache
