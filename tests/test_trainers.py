@@ -1,7 +1,11 @@
-"""The page of the trainers says what tests/trainers runs, and its table is that of the latest run."""
+"""The page of the trainers says what tests/trainers runs, and its table is that of the latest run.
+
+Small libraries train here as well; `make trainers` has the others.
+"""
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,9 @@ import run  # noqa: E402
 
 PAGE = run.PAGE.read_text(encoding="utf-8")
 PROGRAMS = [program for family in run.FAMILIES for program in run.programs_of(family)]
+SMALL = [
+    program for program in PROGRAMS if program.stem in {"with_haiku", "with_ignite", "with_schedulefree", "with_skorch"}
+]
 every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
 
 
@@ -50,3 +57,12 @@ def test_versions_are_pinned():
     for file in (ROOT / "tests/trainers").glob("*/requirements.txt"):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert line.startswith("#") or "==" in line or line.lower().replace("_", "-") in pinned, f"{file}: {line}"
+
+
+def test_small_libraries_train_and_resume():
+    with ThreadPoolExecutor(2) as pool:
+        tried = list(pool.map(lambda program: run.try_library(sys.executable, program), SMALL))
+    known = run.matrix.known(run.RESULTS)
+    for program, cases in zip(SMALL, tried, strict=True):
+        kept = known[program.parent.name]["programs"][program.stem]
+        assert [case["case"] for case in cases] == [case["case"] for case in kept], program
