@@ -81,7 +81,7 @@ class AutoClipCallback(Callback):
         state = self.state_dict()
         if net.history and not state and not has_others:
             warnings.warn(
-                f"The net has trained before (its history has {len(net.history)} epochs), but AutoClip has no norms of "
+                f"The net has trained before (epochs in its history: {len(net.history)}), but AutoClip has no norms of "
                 "that, so its history begins anew; to continue it, give callback.load_state_dict() what "
                 "callback.state_dict() returned when the net was saved.",
                 RuntimeWarning,

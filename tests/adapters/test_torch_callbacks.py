@@ -71,20 +71,35 @@ def train(model, optimizer, steps=5, factor=1.0):
         optimizer.step()
 
 
+class Epochs(list):
+    def __init__(self):
+        self.rows = []
+
+    def record_batch(self, *row):
+        self.rows.append(row)
+
+
+class Net:
+    """Of a net of skorch what the callback uses."""
+
+    def __init__(self, model, optimizer, callbacks=()):
+        self.module_, self.optimizer_, self.callbacks_ = model, optimizer, callbacks
+        self._optimizers, self.history = ["optimizer"], Epochs()
+
+
 def test_skorch_callback_follows_the_net(load):
     callback = load("skorch")(30.0, window=100)
     assert (callback.clip, callback.state_dict()) == (None, {})
-    rows = []
     model, optimizer = make_optimizer()
-    net = SimpleNamespace(callbacks_=[("autoclip", callback)], _optimizers=["optimizer"], module_=model)
-    net.optimizer_, net.history = optimizer, SimpleNamespace(record_batch=lambda *row: rows.append(row))
+    net = Net(model, optimizer, callbacks=[("autoclip", callback)])
     callback.on_train_begin(net)
     clip = callback.clip
     train(model, optimizer)
     callback.on_batch_end(net, training=False)
-    assert rows == []
+    assert net.history.rows == []
     callback.on_batch_end(net, training=True)
-    assert dict(rows) == clip.log()
+    assert dict(net.history.rows) == clip.log()
+    net.history.append({"epoch": 1})
     callback.on_train_begin(net)
     assert callback.clip is clip
     net.optimizer_ = torch.optim.SGD(model.parameters(), lr=0.01)  # as after set_params
@@ -101,8 +116,9 @@ def test_skorch_callback_keeps_the_history_of_a_copied_net(load, through):
     kind = load("skorch")
     callback = kind(30.0)
     model, optimizer = make_optimizer()
-    net = SimpleNamespace(callbacks_=[], _optimizers=["optimizer"], module_=model, optimizer_=optimizer)
+    net = Net(model, optimizer)
     callback.on_train_begin(net)
+    net.history.append({"epoch": 1})
     train(model, optimizer)
     copied = kind()
     vars(copied).update(through(callback.__getstate__()))
@@ -112,6 +128,14 @@ def test_skorch_callback_keeps_the_history_of_a_copied_net(load, through):
     later = kind(30.0)
     later.load_state_dict(callback.state_dict())
     assert later.state_dict() == callback.state_dict()
+
+
+def test_skorch_callback_without_the_history_of_a_net_that_has_trained_says_so(load):
+    callback, net = load("skorch")(), Net(*make_optimizer())
+    net.history.append({"epoch": 1})
+    with pytest.warns(RuntimeWarning, match="epochs in its history: 1"):
+        callback.on_train_begin(net)
+    callback.on_train_begin(net)
 
 
 def test_skorch_callback_refuses_a_second_clipper_and_several_optimizers(load):
