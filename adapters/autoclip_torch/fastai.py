@@ -6,6 +6,7 @@ GradientClip does, behind the unscaling of MixedPrecision.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastai.callback.core import Callback, CancelStepException
@@ -28,7 +29,8 @@ class AutoClipCallback(Callback):
 
     Every `fit` of the Learner continues the history; `lr_find` clips too, by a copy of it, and leaves nothing behind,
     as it leaves the model as it was. An update whose norm is not finite is left out. `Learner.save` has no place for
-    the history: save `callback.state_dict()` beside.
+    the history: save `callback.state_dict()` beside. A fit with a `start_epoch` that comes without it begins a new
+    history with a warning.
 
     `numbers` has a list of each number of `AutoClip.log`, with an entry for each step of the latest fit.
 
@@ -57,6 +59,7 @@ class AutoClipCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._tries: AutoClip[Any] | None = None  # while lr_find looks for a rate
         self.clip: AutoClip[Any] | None = None
+        self._is_new = False  # without norms of updates before this epoch
         self.numbers: dict[str, list[float]] = {}
 
     def before_fit(self) -> None:
@@ -71,7 +74,20 @@ class AutoClipCallback(Callback):
         if hasattr(self.learn, "lr_finder"):
             self._tries = self._make()
         elif self.clip is None:
+            self._is_new = not self.state_dict()
             self.clip, self._loaded = self._make(), None
+
+    def before_train(self) -> None:
+        """Warn if the epochs before were trained elsewhere, and their norms are not here."""
+        if self._is_new and self._tries is None and self.learn.epoch > 0:
+            warnings.warn(
+                f"This fit starts with epoch {self.learn.epoch}, but AutoClip has no norms of the epochs before, so "
+                "its history begins anew; to continue it, give callback.load_state_dict() what callback.state_dict() "
+                "returned when the Learner was saved.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._is_new = False
 
     def before_step(self) -> None:
         """Clip; leave out an update whose norm is not finite."""
@@ -102,6 +118,7 @@ class AutoClipCallback(Callback):
             self._loaded = state
         else:
             self.clip.load_state_dict(state)
+            self._is_new = False
 
     def _make(self) -> AutoClip[Any]:
         clip: AutoClip[Any] = AutoClip(self.learn.model, **self._options)

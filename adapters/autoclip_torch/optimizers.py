@@ -81,6 +81,12 @@ def refuse_hidden_updates(optimizer: Optimizer) -> None:
             f"{name}.fused_backward() changes each parameter during backward(), before the norm of all gradients is "
             "known; use an optimizer whose update is made by step()."
         )
+    if (attribute := _by_parameter(optimizer)) is not None:
+        raise AutoClipError(
+            f"{name} leaves the updates to the optimizers in its .{attribute}, one for each parameter, as a rule "
+            "during backward(), before the norm of all gradients is known; use an optimizer whose update is made by "
+            "step() (with the Trainer's optim= a kind without _layerwise)."
+        )
     if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
         raise AutoClipError(
             f"{name} makes updates in first_step() and second_step(), which run no hooks, and holds no optimizer for "
@@ -101,6 +107,18 @@ def refuse_hidden_updates(optimizer: Optimizer) -> None:
                 f"The step() of this {name} has been replaced on the object (by a learning rate scheduler?), by one "
                 "that runs no hooks; attach before that, or restore it first (del optimizer.step)."
             )
+
+
+def _by_parameter(optimizer: Optimizer) -> str | None:
+    """Return the name of a dict from parameters, which are not this optimizer's, to what updates each of them."""
+    params = params_of(optimizer)
+    for name, held in vars(optimizer).items():
+        if isinstance(held, dict) and any(
+            isinstance(key, Tensor) and id(key) not in params and isinstance(each, Optimizer)
+            for key, each in held.items()
+        ):
+            return name
+    return None
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

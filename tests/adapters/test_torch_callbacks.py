@@ -201,9 +201,10 @@ def test_agents_callback_has_a_history_for_each_optimizer(load):
         learn(callback, Agent("actor", max_grad_norm=0.5))
 
 
-def fit(callback, learner, steps=5, factor=1.0):
-    callback.learn = learner
+def fit(callback, learner, steps=5, factor=1.0, epoch=0):
+    callback.learn, learner.epoch = learner, epoch
     callback.before_fit()
+    callback.before_train()
     for step in range(steps):
         learner.model.zero_grad()
         (learner.model(torch.ones(8, 4)) * (1 + step) * factor).square().mean().backward()
@@ -230,6 +231,23 @@ def test_learners_callback_continues_over_fits_and_forgets_what_lr_find_tries(lo
     assert other.clip.threshold == callback.clip.threshold
     other.load_state_dict(callback.state_dict())
     assert other.clip.steps == 8
+
+
+def test_learners_callback_without_the_history_of_the_epochs_before_says_so(load):
+    kind = load("fastai")
+    learner = SimpleNamespace(cbs=[], model=make_optimizer()[0])
+    callback = kind()
+    with pytest.warns(RuntimeWarning, match="starts with epoch 2"):
+        fit(callback, learner, epoch=2)
+    fit(callback, learner, epoch=3)
+    continued = kind()
+    continued.load_state_dict(callback.state_dict())
+    fit(continued, learner, epoch=2)
+    begun = kind()
+    fit(begun, learner)
+    begun.before_train()  # of the next epoch
+    learner.epoch = 1
+    begun.before_train()
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter"])

@@ -375,6 +375,14 @@ class Lomo(Descent):
         loss.backward()
 
 
+class Layerwise(Descent):
+    """Holds an optimizer for each parameter, and makes no update itself, as the Trainer's for its layerwise kinds."""
+
+    def __init__(self, params):
+        super().__init__([torch.zeros(1)])
+        self.optimizer_dict = {param: torch.optim.SGD([param], lr=0.1) for param in params}
+
+
 class Bare:
     """A wrapper that is no optimizer."""
 
@@ -393,6 +401,7 @@ def scheduled_without_init(params):
     ("make", "error", "says"),
     [
         (Lomo, AutoClipError, r"Lomo\.fused_backward\(\) changes each parameter during backward"),
+        (Layerwise, AutoClipError, r"Layerwise leaves the updates to the optimizers in its \.optimizer_dict"),
         (
             lambda p: Sharpness(p, base=None),
             AutoClipError,

@@ -27,6 +27,21 @@ def make_model():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
 
 
+def make_wide_model():
+    """A model with a matrix that is large enough for low-bit states, which are for 4096 values or more."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+
+def has_low_bits(optimizer):
+    """Return whether some state of an optimizer is quantized: as bytes, or by torchao."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return any(
+        type(value).__module__.startswith("torchao.") or getattr(value, "dtype", None) == torch.uint8
+        for value in values
+    )
+
+
 def make_optimizer(params):
     return torch.optim.Adam(params, lr=0.01)
 
@@ -87,6 +102,7 @@ class Watch:
 
     dtype = float
     rounding, units = ROUNDING, 0
+    may_rest = False  # whether an update may leave all parameters as they are
 
     def __init__(self):
         self.updates = {}
@@ -119,7 +135,7 @@ class Watch:
         if pending is None:
             return
         pairs = zip(pending["params"], pending["values"], strict=True)
-        has_moved = any(not torch.equal(param, value) for param, value in pairs)
+        has_moved = self.may_rest or any(not torch.equal(param, value) for param, value in pairs)
         update = Update(pending["norm"], clip.log()["grad_norm"], clip.threshold, pending["left"], has_moved)
         # An agent's optimizer is attached anew in each training: the stream is the optimizer's, where there is one.
         owner = clip if pending["owner"] is None else pending["owner"]

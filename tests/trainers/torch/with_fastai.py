@@ -87,6 +87,12 @@ def check_habits(folder):
         learner.fit(1)
         assert learner.auto_clip.clip.steps == HALF // 2
 
+        learner = make_learner(path=folder)
+        with warnings.catch_warnings(record=True, action="always") as said:
+            learner.fit(3, start_epoch=1)
+        assert ["starts with epoch 1" in str(warning.message) for warning in said].count(True) == 1
+        assert learner.auto_clip.clip.steps == 2 * HALF
+
         learner = make_learner(path=folder, last=1)
         learner.dls.train.dataset[0][0][:] = torch.nan
         before = [param.detach().clone() for param in learner.model.parameters()]

@@ -1,0 +1,35 @@
+"""torchao: `attach`, to each of its low-bit optimizers."""
+
+import torch
+from autoclip_torch import attach
+from checks import HALF, PERCENTILE, STEPS, Trained
+from harness import backward, has_low_bits, make_wide_model, play
+from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
+
+
+def train_with(kind, **options):
+    def train(folder, *, resume):
+        model = make_wide_model()
+        optimizer = kind(model.parameters(), lr=0.001, **options)
+        # page
+        clip = attach(optimizer, PERCENTILE)
+        # end of page
+        kept = {"model": model, "optimizer": optimizer, "clip": clip}
+        if resume:
+            for name, state in torch.load(folder / "half.pt").items():
+                kept[name].load_state_dict(state)
+        for step in range(HALF if resume else 0, STEPS):
+            if step == HALF and not resume:
+                torch.save({name: each.state_dict() for name, each in kept.items()}, folder / "half.pt")
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+        assert has_low_bits(optimizer)
+        return Trained(STEPS - HALF * resume, list(model.parameters()), clip.log())
+
+    return train
+
+
+if __name__ == "__main__":
+    for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
+        play("torchao", train_with(kind), kind.__name__)
