@@ -503,6 +503,18 @@ def test_page_of_curves_compares_seeds_that_both_have():
         "| 20 | 3.50 ± 0.71 | 2.50 ± 0.71 | +1.00, +1.00 | -1.5 | -1.5 |",
     ]
     assert "10.4 against 8.3 dB with SNR" in page
+    assert "By percentile" not in page
+
+
+def test_page_of_curves_has_all_percentiles_at_the_step_that_all_have():
+    points = [
+        curves.Point("mi", percentile, seed, step, percentile + step / 10, step / 100, 0.0)
+        for percentile, seed, steps in ((10.0, 0, 30), (10.0, 1, 30), (100.0, 0, 30), (50.0, 0, 20))
+        for step in range(10, steps + 1, 10)
+    ]
+    page = curves.report(points, 30, TINY, {"CPU": "some"})
+    _, found = page.split("### By percentile, after 20 steps, seeds: 1\n\n")
+    assert found.splitlines()[2:6] == ["| 10 | 12.00 | 0.2 |", "| 50 | 52.00 | 0.2 |", "| 100 | 102.00 | 0.2 |", ""]
 
 
 def test_table_stands_beside_the_paper():

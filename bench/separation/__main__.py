@@ -77,8 +77,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         made = commands.add_parser(command, parents=parents, help=words)
         made.set_defaults(function=function)
-        if command == "table":
-            made.add_argument("--percentiles", nargs="+", type=percentile, default=list(PERCENTILES))
+        if command in {"table", "curves"}:
+            default = list(PERCENTILES) if command == "table" else [AUTOCLIP, NEVER]
+            made.add_argument("--percentiles", nargs="+", type=percentile, default=default)
         if command == "curves":
             made.add_argument("--every", type=positive(int), default=1, help="epochs from point to point")
         if command == "one":
@@ -93,7 +94,7 @@ def run_table(options: argparse.Namespace, settings: Settings) -> list[Path]:
 
 
 def run_curves(options: argparse.Namespace, settings: Settings) -> list[Path]:
-    several = options.losses, (AUTOCLIP, NEVER), options.seeds
+    several = options.losses, options.percentiles, options.seeds
     points = make_curves(settings, *several, options.every, options.jobs, options.output)
     draw_curves(points, options.output / "separation_curves.png")
     return [options.output / f"separation_curves.{ending}" for ending in ("csv", "md", "png")]

@@ -88,6 +88,26 @@ def by_step(points: Sequence[Point], loss: str, percentile: float, name: str) ->
     return {step: seeds for step, seeds in found.items() if len(seeds) == most}
 
 
+def by_percentile(points: Sequence[Point], loss: str) -> list[str]:
+    """A heading and a table of all percentiles at the latest step that all have reached; nothing for two of them."""
+    ends = {point[1:4]: point for point in points if point.loss == loss}
+    percentiles = sorted({percentile for percentile, _, _ in ends})
+    if len(percentiles) <= 2:
+        return []
+    common = set.intersection(*({end[1:] for end in ends if end[0] == percentile} for percentile in percentiles))
+    if not common:
+        return []
+    step = max(step for _, step in common)
+    seeds = [seed for seed, at in sorted(common) if at == step]
+    rows = []
+    for percentile in percentiles:
+        found = [ends[percentile, seed, step] for seed in seeds]
+        losses = fmean(point.train_loss for point in found)
+        rows.append([f"{percentile:g}", spread([point.si_sdr for point in found]), shown(losses)])
+    heading = f"### By percentile, after {step:,} steps, seeds: {len(seeds)}"
+    return [heading, table(["p", "SI-SDR", "training loss"], rows)]
+
+
 OPENING = """\
 How far networks have come after so many steps, with AutoClip (p = 10) and without (p = 100): the mean SI-SDR in dB over
 the test set, higher is better, and the mean training loss since the row before, lower is better. Means over seeds ±
@@ -121,6 +141,6 @@ def report(points: Sequence[Point], last: int, settings: Settings, facts: dict[s
             if step in never and clipped[step].keys() == never[step].keys()
         ]
         heads = ["steps", "SI-SDR, p = 10", "p = 100", "seed by seed", "training loss, p = 10", "p = 100"]
-        parts += [f"## {LOSSES[loss].label}", table(heads, rows)]
+        parts += [f"## {LOSSES[loss].label}", table(heads, rows), *by_percentile(points, loss)]
     parts += ["## Settings", settings_table(settings), facts_table(facts)]
     return "\n\n".join(parts) + "\n"

@@ -199,6 +199,8 @@ def test_agents_callback_has_a_history_for_each_optimizer(load):
         learn(callback, Agent("actor", autoclip=agent.autoclip))
     with pytest.raises(AutoClipValueError, match=r"max_grad_norm=0\.5"):
         learn(callback, Agent("actor", max_grad_norm=0.5))
+    learn(callback, Agent("only"))
+    assert callback.clips.keys() == {"only"}
 
 
 def fit(callback, learner, steps=5, factor=1.0, epoch=0):
@@ -219,6 +221,7 @@ def test_learners_callback_continues_over_fits_and_forgets_what_lr_find_tries(lo
     learner.lr_finder = True
     fit(callback, learner)
     assert (callback.clip, callback.state_dict(), callback.numbers) == (None, {}, {})
+    callback.before_fit()  # and then an error
     del learner.lr_finder
     fit(callback, learner)
     fit(callback, learner, steps=3)

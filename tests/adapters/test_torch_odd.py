@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach
+from autoclip_torch.gradients import is_capturing
 from torch import nn
 
 MODES = ["immediate", "deferred"]
@@ -142,3 +143,7 @@ def test_optimizer_that_takes_the_grad_scaler_records_unscaled_norms():
     assert clip.history.values().tolist() == [1.0, 4.0]
     assert clip.nonfinite_steps == 0
     assert weight.tolist() == [0.0, -2.0]
+
+
+def test_a_device_that_knows_no_graphs_captures_none():
+    assert not is_capturing(torch.device("meta"))

@@ -53,6 +53,21 @@ def test_one_row_that_is_not_contiguous_is_known_again(dtype, mode):
     assert clip.steps == 1
 
 
+@every_mode
+def test_what_was_not_scaled_is_known_by_its_norm_to_the_last_bit(mode):
+    """Of a gradient whose memory has gaps some elements are compared: a change elsewhere is told by the norm alone."""
+    (param,) = make_params([(1000,)])
+    param.grad = torch.ones(2000)[::2]
+    optimizer = torch.optim.SGD([param], lr=0.0)
+    clip = attach(optimizer, 100.0, mode=mode)
+    optimizer.step()
+    optimizer.step()
+    assert clip.steps == 1
+    param.grad.data[500] *= 1.004  # the norm by four millionths: less than a scaled one could be off
+    optimizer.step()
+    assert clip.steps == 2
+
+
 SLOW = [(dtype, rate) for dtype in DTYPES for rate in (0.998, 1.002)]
 SLOW += [(dtype, rate) for dtype in (torch.float32, torch.float64) for rate in (1 - 5e-6, 1 + 5e-6)]
 

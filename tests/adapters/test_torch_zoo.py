@@ -7,6 +7,7 @@ before the update, and reads the gradients itself.
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import types
@@ -636,7 +637,9 @@ def test_updates_that_are_not_seen_are_said_without_a_log():
     attach(optimizer)
     with pytest.warns(RuntimeWarning, match="SGD change, and AutoClip sees no step") as warned:
         train_by_hand(model, 16)
+    lines, first = inspect.getsourcelines(backward)  # where the user calls torch's
     assert warned[0].filename == __file__
+    assert first <= warned[0].lineno < first + len(lines)
     train_by_hand(model, 50)  # said once
 
 

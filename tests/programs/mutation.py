@@ -71,7 +71,7 @@ ADAPTERS = ROOT / "adapters"
 _JAX = "test_jax_kernel test_jax test_jax_surface"
 _TORCH = """
     test_torch_edges test_torch_odd test_torch_kernel test_torch_scopes test_torch_engines test_torch_deferred
-    test_torch test_torch_zoo
+    test_torch test_torch_repeats test_torch_zoo
 """
 ADAPTERS_KNOWN_BY = {
     "autoclip_jax/clip.py": _JAX,
