@@ -680,8 +680,8 @@ class AdapterTests:
         at_import = any(lines & seen for test, _, seen in known if not test)
         took = {test: seconds for test, seconds, seen in known if test and (at_import or lines & seen)}
         if not took and mutant.kind in ADAPTERS_ELSEWHERE:
-            files = [f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"]
-            took = dict.fromkeys(files, 0.0)
+            elsewhere = f"tests/adapters/{ADAPTERS_ELSEWHERE[mutant.kind]}.py"
+            files, took = [*files, elsewhere], {elsewhere: 0.0}
         # What killed this mutant before, then what kills most in its time.
         before, kills = self.verdicts.killer_of(mutant), self.verdicts.kills
         tests = sorted(took, key=lambda test: (test != before, (0.1 + took[test]) / (1 + kills[test])))
