@@ -30,7 +30,7 @@ default_role = "code"  # docstrings have single backticks, as Markdown has
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["fastai", "skorch", "stable_baselines3"]  # `make trainers` alone installs them
+autodoc_mock_imports = ["fastai", "skorch", "stable_baselines3"]  # `make docs` installs none of them
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = c_maximum_signature_line_length = 88

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import checks
 import torch
 from autoclip_torch import attached
-from checks import ROUNDING, STEPS, Update
+from checks import HALF, ROUNDING, STEPS, Update
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -69,6 +69,17 @@ def backward(model, step):
     loss = nn.functional.mse_loss(model(inputs), targets)
     loss.backward()
     return loss
+
+
+def steps_of(folder, kept, *, resume):
+    """Yield the steps of a process: it keeps the states before step `HALF`, or loads them and goes on from there."""
+    if resume:
+        for name, state in torch.load(folder / "half.pt").items():
+            kept[name].load_state_dict(state)
+    for step in range(HALF if resume else 0, STEPS):
+        if step == HALF and not resume:
+            torch.save({name: each.state_dict() for name, each in kept.items()}, folder / "half.pt")
+        yield step
 
 
 # What is watched.

@@ -3,7 +3,7 @@
 import torch
 from autoclip_torch import attach
 from checks import HALF, PERCENTILE, STEPS, Trained
-from harness import batch_of, play
+from harness import batch_of, play, steps_of
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCNConv, global_mean_pool
@@ -31,13 +31,9 @@ def train(folder, *, resume):
     clip = attach(optimizer, PERCENTILE)
     kept = {"model": model, "optimizer": optimizer, "clip": clip}
     # end of page
-    if resume:
-        for name, state in torch.load(folder / "half.pt").items():
-            kept[name].load_state_dict(state)
     first = HALF if resume else 0
-    for step, data in enumerate(DataLoader(graphs(first), batch_size=2), first):
-        if step == HALF and not resume:
-            torch.save({name: each.state_dict() for name, each in kept.items()}, folder / "half.pt")
+    data_of = DataLoader(graphs(first), batch_size=2)
+    for _, data in zip(steps_of(folder, kept, resume=resume), data_of, strict=True):
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(data), data.y).backward()
         optimizer.step()

@@ -5,7 +5,7 @@ import inspect
 import torch
 from autoclip_torch import attach
 from checks import HALF, PERCENTILE, STEPS, Trained
-from harness import backward, make_model, play
+from harness import backward, make_model, play, steps_of
 
 LEFT_OUT = {"Optimizer", "SparseAdam"}  # the one is a base, the other takes sparse gradients alone
 OPTIONS = {"LBFGS": {"max_iter": 1, "lr": 0.01}, "Adadelta": {"lr": 1.0}}
@@ -27,12 +27,7 @@ def train_with(kind, **options):
         clip = attach(optimizer, PERCENTILE)
         # end of page
         kept = {"model": model, "optimizer": optimizer, "clip": clip}
-        if resume:
-            for name, state in torch.load(folder / "half.pt").items():
-                kept[name].load_state_dict(state)
-        for step in range(HALF if resume else 0, STEPS):
-            if step == HALF and not resume:
-                torch.save({name: each.state_dict() for name, each in kept.items()}, folder / "half.pt")
+        for step in steps_of(folder, kept, resume=resume):
 
             def evaluate(step=step):
                 optimizer.zero_grad()

@@ -1,9 +1,8 @@
 """torchao: `attach`, to each of its low-bit optimizers."""
 
-import torch
 from autoclip_torch import attach
 from checks import HALF, PERCENTILE, STEPS, Trained
-from harness import backward, has_low_bits, make_wide_model, play
+from harness import backward, has_low_bits, make_wide_model, play, steps_of
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
 
@@ -15,12 +14,7 @@ def train_with(kind, **options):
         clip = attach(optimizer, PERCENTILE)
         # end of page
         kept = {"model": model, "optimizer": optimizer, "clip": clip}
-        if resume:
-            for name, state in torch.load(folder / "half.pt").items():
-                kept[name].load_state_dict(state)
-        for step in range(HALF if resume else 0, STEPS):
-            if step == HALF and not resume:
-                torch.save({name: each.state_dict() for name, each in kept.items()}, folder / "half.pt")
+        for step in steps_of(folder, kept, resume=resume):
             optimizer.zero_grad()
             backward(model, step)
             optimizer.step()
