@@ -81,13 +81,13 @@ class Watch:
         if self.steps != self._looked_after:
             self._looked_after, self._before, self._unseen, self._idle = self.steps, None, 0, 0
             return
-        before, now = self._before, self._what_is_there(optimizer)
+        before, now = self._before, (*self._what_is_there(optimizer), self._steps_of_others(optimizer))
         self._before = now
         if before is None:
             return
-        self._unseen += before[:2] != now[:2]
+        self._unseen += before[:2] != now[:2] and before[-1] == now[-1]
         self._idle += before == now and not at_start
-        if self._unseen == _LATE and not self._another_sees(optimizer):
+        if self._unseen == _LATE:
             self.warn(
                 f"The parameters of the {self.name} change, and AutoClip sees no step of it: nothing is clipped. Who "
                 "makes the updates? attached(optimizer) tells whether an optimizer has an AutoClip; a copy has none.",
@@ -108,11 +108,11 @@ class Watch:
         if self._optimizer() is not None and not is_capturing(param.device):
             self.look(at_start=True, stacklevel=7)
 
-    def _another_sees(self, optimizer: Optimizer) -> bool:
-        """Return whether the updates may be those of another optimizer that has an AutoClip, such as the one before."""
+    def _steps_of_others(self, optimizer: Optimizer) -> int:
+        """Return how many steps were seen of other optimizers of these parameters: updates between them are theirs."""
         own = params_of(optimizer)
-        others = [watch._optimizer() for watch in _every if watch is not self and watch.steps]
-        return any(own & params_of(other) for other in others if other is not None)
+        others = [(watch.steps, watch._optimizer()) for watch in _every if watch is not self and watch.steps]
+        return sum(steps for steps, other in others if other is not None and own & params_of(other))
 
     def _what_is_there(self, optimizer: Optimizer) -> tuple[Any, ...]:
         """Return numbers that change with the parameters, twice, and with the gradients."""

@@ -666,6 +666,17 @@ def test_another_optimizer_with_an_autoclip_makes_the_first_updates():
     assert [clip.steps for clip in clips] == [20, 20]
 
 
+def test_updates_after_those_of_another_optimizer_are_watched_as_well():
+    model = make_model()
+    first = torch.optim.Adam(model.parameters(), lr=0.01)
+    second = torch.optim.SGD(model.parameters(), lr=0.01)
+    clips = attach(first), attach(second)
+    train(model, first, 20)
+    with pytest.warns(RuntimeWarning, match="SGD change, and AutoClip sees no step"):
+        train_by_hand(model, 300)
+    assert [clip.steps for clip in clips] == [20, 0]
+
+
 def test_steps_that_stay_away_are_said_once():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
