@@ -218,8 +218,10 @@ def test_compiled_functions_use_names_of_their_own_file_only(name):
             assert not used & imported, f"{node.name} of {name}"
 
 
-TOP_LEVEL = """.ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff LICENSE Makefile README.md adapters
-    autoclip_core bench constraints.txt csrc pyproject.toml tests"""
+TOP_LEVEL = """
+    .ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff LICENSE Makefile README.md adapters
+    autoclip_core bench constraints.txt csrc pyproject.toml tests
+"""
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
