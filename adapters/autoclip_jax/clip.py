@@ -165,7 +165,8 @@ def autoclip(
             )
         state = AutoClipState(**arrays.initial_state(jnp, None if history is not None else known_window))
         # Where each device of a shard_map trains parameters of its own, its norms are its own as well.
-        return _made_to_vary(state, _varies_over(params))
+        varying: AutoClipState = _made_to_vary(state, _varies_over(params))
+        return varying
 
     def update(
         updates: optax.Updates, state: AutoClipState, params: optax.Params | None = None, **extra: Any
@@ -297,11 +298,12 @@ def _varies_over(tree: Any) -> frozenset[str]:
 def _made_to_vary(tree: Any, axes: frozenset[str]) -> Any:
     """Return arrays as those that may differ over these axes, too."""
 
-    def cast(leaf: Array) -> Array:
+    def cast(leaf: Array) -> Any:
+        lax: Any = jax.lax
         missing = tuple(axes - _varies_over(leaf))
         if not missing:
             return leaf
-        return jax.lax.pcast(leaf, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(leaf, missing)
+        return lax.pcast(leaf, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, missing)
 
     return jax.tree.map(cast, tree)
 
