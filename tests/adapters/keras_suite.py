@@ -764,7 +764,7 @@ def test_options_that_the_inner_optimizer_is_given_later_are_refused(option, val
     optimizer.apply([keras.ops.ones(2)], [variable])
     before = keras.ops.convert_to_numpy(variable)
     setattr(optimizer.inner_optimizer, option, value)
-    with pytest.raises(AutoClipValueError, match="inner|unscaled"):
+    with pytest.raises(AutoClipValueError, match=r"inner|unscaled"):
         optimizer.apply([keras.ops.ones(2)], [variable])
     assert numbers(optimizer)["steps"] == 1
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), before)
