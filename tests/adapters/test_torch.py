@@ -219,7 +219,7 @@ def test_step_scales_every_gradient_by_one_factor():
 @pytest.mark.parametrize("is_built", [True, False])
 def test_step_waits_for_the_device_once(is_built, monkeypatch):
     if not is_built:
-        monkeypatch.setattr(kernel, "_library", lambda: None)
+        monkeypatch.setattr(kernel, "_functions", lambda: None)
     model = make_model()
     clip = AutoClip(model)
     reads = []
