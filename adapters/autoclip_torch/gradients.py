@@ -46,7 +46,8 @@ _HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Of one tensor after the other, without a word of Python in between.
-_grad, _scale = attrgetter("grad"), attrgetter("scale")
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+_version, _scale = attrgetter("_version"), attrgetter("scale")
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
@@ -164,13 +165,6 @@ class Gradients:
         """The groups that have gradients on this rank; a single group even if it has none."""
         return {0} if self.count == 1 else {index for batch in self._batches for index in batch.kind.groups}
 
-    @property
-    def carry_graph(self) -> bool:
-        """Whether the gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
-        if self.first is None or not self.first.requires_grad:
-            return False
-        return not any(tensor._is_view() for batch in self._batches for tensor in batch.tensors)
-
     def versions(self) -> int:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
@@ -241,7 +235,7 @@ class Gradients:
                 changed = batch.changed(each) if 1.0 in factors else batch.tensors
                 batch.memory.scale_(each, changed)
             else:
-                with torch.set_grad_enabled(self.carry_graph):
+                with torch.set_grad_enabled(batch.carries_graph()):
                     batch.scale_(factors)
 
     def scale_on_device_(self, scales: Tensor, *, drops: bool) -> None:
@@ -252,14 +246,14 @@ class Gradients:
             drops: whether a scale of 0 drops the update: all gradients become zeros, whatever they were.
         """
         least = scales[0] if self.count == 1 else scales.amin()
-        with torch.set_grad_enabled(self.carry_graph):
-            for batch in self._batches:
+        for batch in self._batches:
+            with torch.set_grad_enabled(batch.carries_graph()):
                 batch.scale_on_device_(scales, least if drops else None)
 
     def zero_(self) -> None:
         """Set all gradients to zero."""
-        with torch.set_grad_enabled(self.carry_graph):
-            for batch in self._batches:
+        for batch in self._batches:
+            with torch.set_grad_enabled(batch.carries_graph()):
                 torch._foreach_zero_(batch.tensors)
 
 
@@ -289,9 +283,8 @@ class _Batch(NamedTuple):
     def versions(self) -> int:
         """Return the sum of the versions; of small tensors on a CPU, of some of them."""
         if self.memory is not None:  # the kernel takes no inference tensors, and time counts
-            tensors = self.tensors
-            versions: int = tensors[0]._version + tensors[len(tensors) // 2]._version + tensors[-1]._version
-            return versions
+            some = self.tensors[:: len(self.tensors) // 4 + 1]
+            return sum(map(_version, some), self.tensors[-1]._version)
         return sum(map(version, self.tensors))
 
     def heads(self) -> int | list[Tensor]:
@@ -300,6 +293,11 @@ class _Batch(NamedTuple):
             return self.memory.fingerprint()
         ends = (0, -1) if len(self.tensors) > 1 else (0,)
         return [head(self.tensors[at]) for at in ends]
+
+    def carries_graph(self) -> bool:
+        """Return whether gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
+        in_graph = list(filter(_requires_grad, self.tensors))
+        return bool(in_graph) and not any(tensor.is_leaf or tensor._is_view() for tensor in in_graph)
 
     def scale_(self, factors: list[float]) -> None:
         """Multiply the tensors of each group by its factor."""

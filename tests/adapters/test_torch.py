@@ -414,6 +414,23 @@ def test_gradients_that_carry_a_graph_are_scaled(mode):
     assert torch.autograd.grad(param.grad.sum(), param)[0].tolist() == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_gradient_that_carries_a_graph_is_scaled_beside_others(at, mode):
+    params = [nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(3)]
+    clip = AutoClip(params, 0.0, mode=mode)
+    for factor in (0.5, 1.0):
+        for param in params:
+            param.grad = torch.zeros(2)
+        param = params[at]
+        (param.grad,) = torch.autograd.grad(factor * param.square().sum(), param, create_graph=True)
+        clip.step()
+    assert torch.autograd.grad(param.grad.sum(), param)[0].tolist() == pytest.approx([1.0, 1.0])
+    params[at].grad = torch.tensor([6.0, 8.0], requires_grad=True)
+    clip.step()
+    assert params[at].grad.tolist() == pytest.approx([3.0, 4.0])
+
+
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("mode", ["immediate", "deferred"])
 def test_meta_gradients_pass_through_differentiable_steps(attached, mode):
