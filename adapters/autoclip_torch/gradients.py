@@ -284,7 +284,7 @@ class _Batch(NamedTuple):
         """Return the sum of the versions; of small tensors on a CPU, of some of them."""
         if self.memory is not None:  # the kernel takes no inference tensors, and time counts
             some = self.tensors[:: len(self.tensors) // 4 + 1]
-            return sum(map(_version, some), self.tensors[-1]._version)
+            return sum(map(_version, [*some, self.tensors[-1]]))
         return sum(map(version, self.tensors))
 
     def heads(self) -> int | list[Tensor]:

@@ -332,7 +332,7 @@ class Pipeline:
             norms = torch.where(is_repeat, NOT_SEEN, norms)
         if found_inf is not None:
             norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
-        return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
+        return self._deferred.observe(norms, self._percentile, measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had.
