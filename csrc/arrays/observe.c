@@ -50,8 +50,11 @@ float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps
     size_t size = recorded_steps < window ? recorded_steps : window;
     if (enters(norm)) {
         float *oldest = ring + recorded_steps % window;
-        /* In arrays that are not a window's no norm may be the oldest: the place behind the last is the ring's first. */
-        const size_t from = size < window ? size : count_below(sorted, size, *oldest);
+        size_t from = size;
+        if (size == window) {
+            from = count_below(sorted, size, *oldest);
+            if (from == size) from -= 1; /* only in arrays that are not a window's: the norm enters all the same */
+        }
         replace(sorted, size, from, norm);
         *oldest = norm;
         if (size < window) size += 1;
