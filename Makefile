@@ -68,7 +68,7 @@ trainers:
 	$(PYTHON) tests/trainers/run.py $(TRAINERS)
 
 docs: .venv/docs
-	python -P -m sphinx -q --fail-on-warning --keep-going -c .docs -d build/doctrees . build/site
+	python -P -m sphinx -q --fail-on-warning --keep-going -c .github/site -d build/doctrees . build/site
 
 bench: .venv/bench
 	AUTOCLIP_BACKEND=native python -m bench history

@@ -9,12 +9,13 @@ import csv
 import importlib.metadata
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -240,24 +241,39 @@ def norms_like(measured: Sequence[float], size: int) -> NDArray[np.float32]:
 
 
 def measure_steps(
-    experiment: str, runs: Mapping[StepSubject, Callable[[int], float]], *, rounds: int, steps: int
+    experiment: str,
+    subjects: Sequence[StepSubject],
+    build: Callable[[StepSubject], Callable[[int], float]],
+    *,
+    rounds: int,
+    steps: int,
+    quick: bool,
 ) -> Measurements:
     """Every subject in every round, and how it compares with the constant threshold of its kind in that round.
 
-    A run takes so many steps and returns the microseconds per step.
+    What `build` returns takes so many steps and returns the microseconds per step. Each subject is built twice (once if
+    quick), because where one lies in memory makes it some percent faster or slower, and in each round all of them take
+    turns in an order drawn anew, because one that follows another finds the caches as that one left them.
     """
+    runs = []
+    for subject in subjects:
+        say(f"  {subject.kind}: {subject.name}, {subject.size:,}")
+        runs += [(subject, build(subject)) for _ in range(1 if quick else 2)]
     measured = Measurements()
+    order = random.Random(0)
     for count in range(rounds):
         say(f"  round {count + 1} of {rounds}")
-        for (kind, name, size, _, _), run in runs.items():
+        order.shuffle(runs)
+        times: dict[StepSubject, list[float]] = {subject: [] for subject in subjects}
+        for subject, run in runs:
             run(steps // 10)
-            measured.add(Key(experiment, kind, size, name, "us per step"), run(steps))
-    for kind, name, size, _, _ in runs:
-        values = measured.values[Key(experiment, kind, size, name, "us per step")]
-        constant = measured.values[Key(experiment, kind, 0, CONSTANT, "us per step")]
-        for value, reference in zip(values, constant, strict=True):
-            measured.add(Key(experiment, kind, size, name, "us more"), value - reference)
-            measured.add(Key(experiment, kind, size, name, "ratio"), value / reference)
+            times[subject].append(run(steps))
+        means = {subject: statistics.mean(values) for subject, values in times.items()}
+        constants = {subject.kind: mean for subject, mean in means.items() if subject.name == CONSTANT}
+        for (kind, name, size, _, _), mean in means.items():
+            measured.add(Key(experiment, kind, size, name, "us per step"), mean)
+            measured.add(Key(experiment, kind, size, name, "us more"), mean - constants[kind])
+            measured.add(Key(experiment, kind, size, name, "ratio"), mean / constants[kind])
     return measured
 
 

@@ -1,6 +1,7 @@
 """What AutoClipOptimizer adds to a step of Keras's fit on the backend that KERAS_BACKEND names."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -103,12 +104,12 @@ class Trainer:
 def measure(*, quick: bool, rounds: int, steps: int) -> Measurements:
     batches = make_batches(20)
     norms = draw_norms(batches)
-    runs = {}
-    for subject in subjects_of(BACKEND):
-        say(f"  {subject.kind}: {subject.name}, {subject.size:,}")
+
+    def build(subject: StepSubject) -> Callable[[int], float]:
         size = (min(subject.size, 1_000) if quick else subject.size) or 100
-        runs[subject] = Trainer(subject, norms_like(norms, size), batches).run
-    return measure_steps("keras", runs, rounds=rounds, steps=steps)
+        return Trainer(subject, norms_like(norms, size), batches).run
+
+    return measure_steps("keras", subjects_of(BACKEND), build, rounds=rounds, steps=steps, quick=quick)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -38,9 +39,10 @@ OPENING = """\
 What this isolates: what clipping adds to one training step of a small network that TensorFlow runs on the CPU as a
 graph. Every subject trains the same network on the same batches and differs in its clipping alone; the learning rate is
 next to nothing, so that the norms keep their distribution. Histories are full before the clock starts: a window loses
-its oldest norm at every step, and new norms fall among the old ones. Subjects take turns in each of {rounds} rounds of
-{steps} steps, and each number is a median of them. "Ratio" and "more" are the medians of the ratios and of the
-differences to the constant threshold of the same round and the same kind of loop."""
+its oldest norm at every step, and new norms fall among the old ones. Each subject is there twice, and all take turns in
+each of {rounds} rounds of {steps} steps, in an order drawn anew; each number is a median over the rounds of the mean of
+the two. "Ratio" and "more" are the medians of the ratios and of the differences to the constant threshold of the same
+round and the same kind of loop."""
 
 KINDS = {
     "step": "a `tf.function` step with `tf.GradientTape` and SGD with momentum, called from Python; the constant "
@@ -102,12 +104,12 @@ class Trainer:
 def measure(*, quick: bool, rounds: int, steps: int) -> Measurements:
     batches = make_batches(20)
     norms = draw_norms(batches)
-    runs = {}
-    for subject in SUBJECTS:
-        say(f"  {subject.kind}: {subject.name}, {subject.size:,}")
+
+    def build(subject: StepSubject) -> Callable[[int], float]:
         size = (min(subject.size, 1_000) if quick else subject.size) or 100
-        runs[subject] = Trainer(subject, norms_like(norms, size), batches).run
-    return measure_steps("tensorflow", runs, rounds=rounds, steps=steps)
+        return Trainer(subject, norms_like(norms, size), batches).run
+
+    return measure_steps("tensorflow", SUBJECTS, build, rounds=rounds, steps=steps, quick=quick)
 
 
 def measure_fit(backend: str, options: Options) -> Measurements:

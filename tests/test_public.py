@@ -102,7 +102,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory):
     """Every page of the site by its path; a warning is an error."""
     folder = tmp_path_factory.mktemp("site").resolve()
-    options = ["-q", "--fail-on-warning", "--keep-going", "-c", ".docs", "-d", folder / "doctrees"]
+    options = ["-q", "--fail-on-warning", "--keep-going", "-c", ".github/site", "-d", folder / "doctrees"]
     command = [sys.executable, "-P", "-m", "sphinx", *options, ".", folder / "site"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -218,6 +218,18 @@ def test_compiled_functions_use_names_of_their_own_file_only(name):
             assert not used & imported, f"{node.name} of {name}"
 
 
+TOP_LEVEL = """
+    .ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff LICENSE Makefile README.md adapters
+    autoclip_core bench constraints.txt csrc pyproject.toml tests
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_top_level_holds_what_it_should():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {path.partition("/")[0] for path in tracked.splitlines()} == set(TOP_LEVEL.split())
+
+
 def test_import_of_the_core_loads_no_framework_and_no_numpy(run_python):
     # Only the names below: what .pth files of the environment load is not ours.
     code = "import sys; before = set(sys.modules); import autoclip_core; print(*set(sys.modules) - before)"

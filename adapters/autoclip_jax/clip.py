@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from autoclip_core import AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
+from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError, NormHistory, StateError, arrays
 from autoclip_jax import kernel
 
 # Longer than the paper's runs of 80,000 steps, so that the window is the whole history of most runs: 1 MB. A step in
@@ -124,6 +124,7 @@ def autoclip(
 
     Raises:
         AutoClipTypeError, AutoClipValueError: an argument cannot be used.
+        AutoClipError: in a step, the norm differs between the devices of a `shard_map`, and the state does not.
         BackendError: a history was given, and it or this JAX cannot be reached by the kernel.
 
     >>> import jax.numpy as jnp
@@ -157,13 +158,15 @@ def autoclip(
         return kernel.observe_tree(history.shared_id, norms, recorded_steps, norm, percentile)
 
     def init(params: optax.Params) -> AutoClipState:
-        del params
         if history is None and known_window is None:
             raise AutoClipTypeError(
                 "window must be known while the program is traced, for it is a shape: give optax.inject_hyperparams "
                 'static_args=("window",).'
             )
-        return AutoClipState(**arrays.initial_state(jnp, None if history is not None else known_window))
+        state = AutoClipState(**arrays.initial_state(jnp, None if history is not None else known_window))
+        # Where each device of a shard_map trains parameters of its own, its norms are its own as well.
+        varying: AutoClipState = _made_to_vary(state, _varies_over(params))
+        return varying
 
     def update(
         updates: optax.Updates, state: AutoClipState, params: optax.Params | None = None, **extra: Any
@@ -172,13 +175,14 @@ def autoclip(
         _check_state(state, known_window, history)
         # Narrow gradients are widened on purpose, however strict the program is about its own types.
         with jax.numpy_dtype_promotion("standard"):
+            norm = _vary_like(state, _global_norm(updates))
             *after, scale = arrays.take_step(
                 _XP,
                 observe,
                 state.norms,
                 state.counts,
                 state.last,
-                _global_norm(updates),
+                norm,
                 warmup=warmup,
                 nonfinite=nonfinite,
                 max_threshold=None if max_threshold is None else jnp.asarray(max_threshold, jnp.float32),
@@ -278,6 +282,45 @@ def _check_state(state: Any, window: int | None, history: NormHistory | None) ->
             f"The state has window={state.norms.shape[-1]}, but this autoclip has window={window}; construct it with "
             "the window of the run that is resumed."
         )
+
+
+def _varies_over(tree: Any) -> frozenset[str]:
+    """Return the axes of a `shard_map` over which arrays differ, as far as JAX follows that (`check_vma=True`)."""
+    if not hasattr(jax, "typeof"):  # before JAX 0.6
+        return frozenset()
+    kinds = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    # Until JAX 0.10 the axes were in .vma.
+    return frozenset().union(
+        *(getattr(getattr(kind, "manual_axis_type", None), "varying", getattr(kind, "vma", ())) for kind in kinds)
+    )
+
+
+def _made_to_vary(tree: Any, axes: frozenset[str]) -> Any:
+    """Return arrays as those that may differ over these axes, too."""
+
+    def cast(leaf: Array) -> Any:
+        lax: Any = jax.lax
+        missing = tuple(axes - _varies_over(leaf))
+        if not missing:
+            return leaf
+        return lax.pcast(leaf, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, missing)
+
+    return jax.tree.map(cast, tree)
+
+
+def _vary_like(state: AutoClipState, norm: Array) -> Array:
+    """Return the norm as one that may differ wherever the state may; it must not differ elsewhere."""
+    here = _varies_over(state)
+    if axes := sorted(_varies_over(norm) - here):
+        names = ", ".join(map(repr, axes))
+        raise AutoClipError(
+            f"The gradient norm differs between the devices of the shard_map axis {names}, and the state of autoclip "
+            f"is the same on all of them. Average the gradients before autoclip, by jax.lax.pmean(gradients, {names}); "
+            "where each device has a shard of one gradient, call update under jit and outside of shard_map; where each "
+            "trains a model of its own, call init inside the shard_map as well, with the parameters of that model."
+        )
+    varying: Array = _made_to_vary(norm, here)
+    return varying
 
 
 def _wide(leaf: Any) -> Array:

@@ -7,7 +7,7 @@ recent_jax = pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="jax.shard
 
 PROLOGUE = """
 import warnings; warnings.simplefilter("error")
-import jax, jax.numpy as jnp, numpy as np, optax
+import autoclip_core, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from autoclip_core import NormHistory
 from autoclip_jax import autoclip, metrics
@@ -84,6 +84,55 @@ for history in (None, NormHistory()):
         norms.append(float(metrics(state)["grad_norm"]))
     check(state, norms, history)
 """)
+
+
+SHARD_MAP = """
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+tx = autoclip(window=256)
+batches = jnp.asarray(data[:, :4])
+
+def stacked(tree):
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+"""
+
+
+@recent_jax
+def test_shard_map_refuses_a_norm_that_differs_where_the_state_does_not(on_four_devices):
+    on_four_devices(
+        SHARD_MAP
+        + """
+step = jax.shard_map(tx.update, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P()))
+for run in (step, jax.jit(step)):
+    try:
+        run(batches[0], tx.init(jnp.ones(4)))
+    except autoclip_core.AutoClipError as error:
+        assert "axis 'data'" in str(error) and "pmean(gradients, 'data')" in str(error), error
+    else:
+        raise AssertionError
+"""
+    )
+
+
+@recent_jax
+def test_shard_map_trains_a_model_on_each_device(on_four_devices):
+    on_four_devices(
+        SHARD_MAP
+        + """
+for is_own in (True, False):
+    def train(w, batches):
+        def step(state, batch):
+            grads = batch if is_own else jax.lax.pmean(batch, "data")
+            updates, state = tx.update(grads, state)
+            return state, None
+        # Parameters that differ make a state that may differ, whatever the gradients do.
+        return stacked(jax.lax.scan(step, tx.init(w), batches)[0])
+    run = jax.shard_map(train, mesh=mesh, in_specs=(P("data"), P(None, "data")), out_specs=P("data"))
+    state = jax.jit(run)(jnp.ones(4), batches)
+    for device in range(4):
+        norms = data[:, device] if is_own else np.asarray(batches.mean(1))
+        check(jax.tree.map(lambda leaf: leaf[device], state), norms)
+"""
+    )
 
 
 def test_pmap(on_four_devices):

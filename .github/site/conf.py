@@ -19,7 +19,7 @@ release = version = version_of("autoclip-core")
 root_doc = "README"
 include_patterns = [
     *("README.md", "CHANGELOG.md", "autoclip_core/README.md", "adapters/**.md"),
-    *("csrc/README.md", "bench/**.md", "tests/RELIABILITY.md", ".github/*.md", ".docs/*.md"),
+    *("csrc/README.md", "bench/**.md", "tests/RELIABILITY.md", ".github/*.md", ".github/site/*.md"),
 ]
 exclude_patterns = [".venv", "build", "dist", "demo-output"]
 
@@ -46,7 +46,7 @@ html_static_path: list[str] = []
 templates_path = ["templates"]
 html_additional_pages = {"index": "index.html"}
 
-_HEADER = Path(__file__).parent.parent / "csrc/include/autoclip.h"
+_HEADER = Path(__file__).parents[2] / "csrc/include/autoclip.h"
 
 # What the repository shows as folders.
 _PARTS: dict[str, dict[str, list[str]]] = {
@@ -57,8 +57,8 @@ _PARTS: dict[str, dict[str, list[str]]] = {
             *("autoclip_core/README", "adapters/README", "adapters/TRAINERS", "csrc/README"),
         ],
         "Reference": [
-            *(f".docs/autoclip_{package}" for package in ("torch", "jax", "tensorflow", "core")),
-            *(".docs/c", "CHANGELOG"),
+            *(f".github/site/autoclip_{package}" for package in ("torch", "jax", "tensorflow", "core")),
+            *(".github/site/c", "CHANGELOG"),
         ],
         "Trust it, work on it": ["bench/README", "tests/RELIABILITY", ".github/*"],
     },
@@ -68,7 +68,7 @@ _PARTS: dict[str, dict[str, list[str]]] = {
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """Give a page the list of those below it, and the C reference its header."""
-    if docname == ".docs/c":
+    if docname == ".github/site/c":
         app.env.note_dependency(str(_HEADER))
         source[0] += markdown_of(_HEADER.read_text(encoding="utf-8"))
     for caption, pages in _PARTS.get(docname, {}).items():
