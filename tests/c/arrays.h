@@ -79,7 +79,7 @@ static inline void window_step(window_program *own) {
     window_judge(own);
 }
 
-/* Any bits in the arrays, which no window holds: nothing outside of them may be touched. */
+/* Any bits in the arrays, which no window holds: nothing outside of them may be touched, and the norm is among them. */
 static inline void window_from_anything(source *from) {
     const size_t window = 1 + (size_t)source_below(from, 40);
     float *norms = test_block(2 * window * sizeof(float));
@@ -91,7 +91,11 @@ static inline void window_from_anything(source *from) {
         const double percentile = percentile_draw(from, window);
         const float norm = norm_draw(VALUES_RANDOM, 0, from);
         const size_t recorded = (size_t)source_bits(from, 4);
-        if (percentile_valid(percentile)) (void)autoclip_window_observe(norms, window, recorded, norm, percentile);
+        if (!percentile_valid(percentile)) continue;
+        (void)autoclip_window_observe(norms, window, recorded, norm, percentile);
+        size_t at = 0;
+        while (isfinite(norm) && at < window && norms[at] != norm) ++at;
+        REQUIRE(at < window, "%g did not enter", (double)norm);
     }
     free(norms);
 }
