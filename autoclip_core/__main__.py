@@ -15,6 +15,7 @@ import shutil
 import sys
 import textwrap
 import traceback
+from contextlib import suppress
 from io import BytesIO, TextIOWrapper
 from math import isfinite
 from pathlib import Path
@@ -272,8 +273,11 @@ def _plot(panels: Sequence[tuple[Log, Replay]], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())  # on the disk before it has its name
         part.replace(path)
+    except OSError as error:
+        raise AutoClipError(f"{path} cannot be written: {error.strerror}.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

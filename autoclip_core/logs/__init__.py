@@ -58,6 +58,8 @@ def read_log(source: str | Path | BinaryIO, columns: Sequence[str] = ()) -> list
         found = Found("standard input" if name == "<stdin>" else name, columns)
         _read_file(source, found)
         return found.logs()
+    if source == "":  # to Path the present folder
+        raise AutoClipValueError("The name of the log is empty.")
     found = Found(str(source), columns)
     if Path(source).is_dir():
         _read_folder(Path(source), found)

@@ -53,7 +53,7 @@ float autoclip_window_observe(float *norms, size_t window, size_t recorded_steps
         size_t from = size;
         if (size == window) {
             from = count_below(sorted, size, *oldest);
-            if (from == size) from -= 1; /* only in arrays that are not a window's: stay inside them */
+            if (from == size) from -= 1; /* only in arrays that are not a window's: the norm enters all the same */
         }
         replace(sorted, size, from, norm);
         *oldest = norm;

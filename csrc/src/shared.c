@@ -39,7 +39,10 @@ static void lock_release(lock_type *lock) { (void)pthread_mutex_unlock(lock); }
 enum { FIRST_BLOCK = 64, BLOCKS = 26 }; /* all blocks together have fewer than 2^32 places */
 
 /* Replicas that do not wait for each other ask for steps that were taken long ago. */
-enum { RECENT_STEPS = 4096 };
+#ifndef AUTOCLIP_RECENT_STEPS
+#define AUTOCLIP_RECENT_STEPS 4096
+#endif
+enum { RECENT_STEPS = AUTOCLIP_RECENT_STEPS };
 /* Outcomes of recent steps from which no run went on, or not yet. */
 enum { OTHER_OUTCOMES = 8 };
 

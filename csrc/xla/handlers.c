@@ -24,9 +24,16 @@
 #include "../arrays/observe.h"
 #include "../src/percentile.h"
 
+enum { NORMS, RECORDED_STEPS, NORM, PERCENTILE, OPERANDS }; /* the tree has the previous norm in place of norms */
+enum { NORMS_AFTER, THRESHOLD, RESULTS };
+
 static xla_error *fail(const xla_call *call, int code, const char *message) {
     xla_error_arguments arguments = {.struct_size = sizeof arguments, .message = message, .code = code};
     return call->api->create_error(&arguments);
+}
+
+static xla_error *refuse_percentile(const xla_call *call) {
+    return fail(call, XLA_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
 }
 
 /* XLA asks once, while it compiles, for which version a handler was made. */
@@ -48,22 +55,22 @@ xla_error *autoclip_xla_tree(xla_call *call);
 #pragma GCC visibility pop
 #endif
 
-static bool has_types(const xla_buffers *buffers, int64_t count, const int *types) {
-    if (buffers->count != count) return false;
-    for (int64_t i = 0; i < count; ++i) {
-        if (buffers->buffers[i]->type != types[i]) return false;
-    }
-    return true;
+static bool holds(const xla_buffer *buffer, int type, int64_t count) {
+    int64_t size = 1;
+    for (int64_t i = 0; i < buffer->rank; ++i) size *= buffer->sizes[i];
+    return buffer->type == type && size == count;
 }
 
-/* Whether these are the buffers that the handler takes; the percentile comes last and may be of two types. */
-static bool fits(const xla_call *call, int64_t operands, const int *operand_types, int64_t results,
-                 const int *result_types) {
-    if (call->operands.count != operands + 1) return false;
-    const xla_buffer *percentile = call->operands.buffers[operands];
-    const xla_buffers others = {.count = operands, .buffers = call->operands.buffers};
-    return percentile->rank == 1 && (percentile->type == XLA_F32 || percentile->type == XLA_F64) &&
-           has_types(&others, operands, operand_types) && has_types(&call->results, results, result_types);
+/* Whether these are the buffers that both handlers take, with so many numbers in place of the norms. */
+static bool fits(const xla_call *call, int64_t norms_size) {
+    if (call->operands.count != OPERANDS || call->results.count != RESULTS) return false;
+    xla_buffer *const *operands = call->operands.buffers;
+    xla_buffer *const *results = call->results.buffers;
+    const xla_buffer *percentile = operands[PERCENTILE];
+    return holds(operands[NORMS], XLA_F32, norms_size) && holds(operands[RECORDED_STEPS], XLA_S32, 1) &&
+           holds(operands[NORM], XLA_F32, 1) && percentile->rank == 1 &&
+           (percentile->type == XLA_F32 || percentile->type == XLA_F64) &&
+           holds(results[NORMS_AFTER], XLA_F32, norms_size) && holds(results[THRESHOLD], XLA_F32, 1);
 }
 
 static double sum(const xla_buffer *numbers) {
@@ -80,48 +87,42 @@ static void *result(const xla_call *call, int at) { return call->results.buffers
 /* --- In the state ----------------------------------------------------------------------------------------------- */
 
 xla_error *autoclip_xla_window(xla_call *call) {
-    static const int operands[] = {XLA_F32, XLA_S32, XLA_F32};
-    static const int results[] = {XLA_F32, XLA_F32};
     if (answer_metadata(call)) return NULL;
-    const xla_buffer *norms = call->operands.count > 0 ? call->operands.buffers[0] : NULL;
-    if (!fits(call, 3, operands, 2, results) || norms->rank != 2 || norms->sizes[0] != 2 || norms->sizes[1] < 1) {
+    const xla_buffer *norms = call->operands.count > 0 ? call->operands.buffers[NORMS] : NULL;
+    if (norms == NULL || norms->rank != 2 || norms->sizes[1] < 1 || !fits(call, 2 * norms->sizes[1])) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_window: bad call");
     }
     const size_t window = (size_t)norms->sizes[1];
-    const size_t recorded_steps = *(uint32_t *)operand(call, 1);
-    const float norm = *(float *)operand(call, 2);
-    const double percentile = sum(call->operands.buffers[3]);
-    if (!is_percentile(percentile)) {
-        return fail(call, XLA_INVALID_ARGUMENT, autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
-    }
-    float *after = result(call, 0);
+    const size_t recorded_steps = *(uint32_t *)operand(call, RECORDED_STEPS);
+    const float norm = *(float *)operand(call, NORM);
+    const double percentile = sum(call->operands.buffers[PERCENTILE]);
+    if (!is_percentile(percentile)) return refuse_percentile(call);
+    float *after = result(call, NORMS_AFTER);
     /* The caller asks XLA to work in place; where it did not, there is a copy to make. */
     if (after != norms->data) memcpy(after, norms->data, 2 * window * sizeof *after);
-    *(float *)result(call, 1) = autoclip_window_observe(after, window, recorded_steps, norm, percentile);
+    *(float *)result(call, THRESHOLD) = autoclip_window_observe(after, window, recorded_steps, norm, percentile);
     return NULL;
 }
 
 /* --- In the tree ------------------------------------------------------------------------------------------------ */
 
 xla_error *autoclip_xla_tree(xla_call *call) {
-    static const int operands[] = {XLA_F32, XLA_S32, XLA_F32};
-    static const int results[] = {XLA_F32, XLA_F32};
     if (answer_metadata(call)) return NULL;
     const xla_attributes *attributes = &call->attributes;
     const xla_scalar *history = attributes->count == 1 ? attributes->values[0] : NULL;
-    if (!fits(call, 3, operands, 2, results) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE ||
-        history->type != XLA_S64) {
+    if (!fits(call, 1) || history == NULL || attributes->kinds[0] != XLA_SCALAR_ATTRIBUTE || history->type != XLA_S64) {
         return fail(call, XLA_INVALID_ARGUMENT, "autoclip_xla_tree: bad call");
     }
     const uint64_t id = *(uint64_t *)history->value;
-    float previous = *(float *)operand(call, 0);
-    const uint32_t recorded_steps = *(uint32_t *)operand(call, 1);
-    const float norm = *(float *)operand(call, 2);
-    const double percentile = sum(call->operands.buffers[3]);
+    float previous = *(float *)operand(call, NORMS);
+    const uint32_t recorded_steps = *(uint32_t *)operand(call, RECORDED_STEPS);
+    const float norm = *(float *)operand(call, NORM);
+    const double percentile = sum(call->operands.buffers[PERCENTILE]);
+    if (!is_percentile(percentile)) return refuse_percentile(call);
     float threshold;
     const autoclip_status status = autoclip_tree_observe(id, recorded_steps, &previous, norm, percentile, &threshold);
     if (status != AUTOCLIP_OK) return fail(call, XLA_FAILED_PRECONDITION, autoclip_status_message(status));
-    *(float *)result(call, 0) = previous;
-    *(float *)result(call, 1) = threshold;
+    *(float *)result(call, NORMS_AFTER) = previous;
+    *(float *)result(call, THRESHOLD) = threshold;
     return NULL;
 }

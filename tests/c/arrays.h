@@ -79,7 +79,7 @@ static inline void window_step(window_program *own) {
     window_judge(own);
 }
 
-/* Any bits in the arrays, which no window holds: nothing outside of them may be touched. */
+/* Any bits in the arrays, which no window holds: nothing outside of them may be touched, and the norm is among them. */
 static inline void window_from_anything(source *from) {
     const size_t window = 1 + (size_t)source_below(from, 40);
     float *norms = test_block(2 * window * sizeof(float));
@@ -91,19 +91,31 @@ static inline void window_from_anything(source *from) {
         const double percentile = percentile_draw(from, window);
         const float norm = norm_draw(VALUES_RANDOM, 0, from);
         const size_t recorded = (size_t)source_bits(from, 4);
-        if (percentile_valid(percentile)) (void)autoclip_window_observe(norms, window, recorded, norm, percentile);
+        if (!percentile_valid(percentile)) continue;
+        (void)autoclip_window_observe(norms, window, recorded, norm, percentile);
+        size_t at = 0;
+        while (isfinite(norm) && at < window && norms[at] != norm) ++at;
+        REQUIRE(at < window, "%g did not enter", (double)norm);
     }
     free(norms);
 }
 
 /* --- A shared history --------------------------------------------------------------------------------------------- */
 
+#ifndef AUTOCLIP_RECENT_STEPS
+#define AUTOCLIP_RECENT_STEPS 4096
+#endif
+
 typedef struct tree_program {
     uint64_t id;
     uint64_t step; /* the number of the next one */
+    struct {
+        float norm;
+        float threshold;
+        double percentile;
+    } taken[1024]; /* the steps before it */
     float last;    /* the norm of the last step, and of the one before it */
     float previous;
-    double percentile; /* of the last step */
     float outcomes[8]; /* that the last step has had */
     size_t outcome_count;
     uint64_t index;
@@ -138,18 +150,29 @@ static inline void tree_destroy(tree_program *own) {
     model_destroy(&own->truth);
 }
 
-/* Take step `step` after the norm `last`, and expect what the model says, or else that nothing changes. */
+/* Take step `step` after the norm `last`, and expect this threshold, or else that nothing changes. */
 static inline void tree_observe(tree_program *own, uint64_t step, float last, float norm, double percentile,
-                                autoclip_status expected) {
+                                autoclip_status expected, float expected_threshold) {
     const float before = last;
     float threshold = 0;
     REQUIRE_STATUS(expected, autoclip_tree_observe(own->id, step, &last, norm, percentile, &threshold));
     if (expected == AUTOCLIP_OK) {
-        REQUIRE_SAME((double)model_threshold(&own->truth, percentile), (double)threshold);
+        REQUIRE_SAME((double)expected_threshold, (double)threshold);
         REQUIRE_SAME((double)(isfinite(norm) && norm > 0 ? norm : before), (double)last);
     } else {
         REQUIRE_SAME((double)before, (double)last);
     }
+}
+
+/* Step `step` has had this outcome, which the model holds: what it gives, now and when it is taken again. */
+static inline void tree_take(tree_program *own, uint64_t step, float norm, double percentile) {
+    const float threshold = model_threshold(&own->truth, percentile);
+    REQUIRE(step < sizeof own->taken / sizeof *own->taken, "the test is too long");
+    own->taken[step].norm = norm;
+    own->taken[step].percentile = percentile;
+    own->taken[step].threshold = threshold;
+    tree_observe(own, step, step + 1 == own->step ? own->previous : own->last, norm, percentile, AUTOCLIP_OK,
+                 threshold);
 }
 
 static inline void tree_step(tree_program *own) {
@@ -159,12 +182,18 @@ static inline void tree_step(tree_program *own) {
     test_now.step += 1;
     if (!percentile_valid(percentile)) {
         if (own->truth.count > 0 || isfinite(norm)) {
-            tree_observe(own, own->step, own->last, norm, percentile, AUTOCLIP_BAD_PERCENTILE);
+            tree_observe(own, own->step, own->last, norm, percentile, AUTOCLIP_BAD_PERCENTILE, 0);
         }
     } else if (!isfinite(norm)) {
-        tree_observe(own, own->step, own->last, norm, percentile, AUTOCLIP_OK);
-    } else if (choice == 0) { /* the last step again: a replica, or a program that is computed anew */
-        tree_observe(own, own->step - 1, own->previous, own->last, own->percentile, AUTOCLIP_OK);
+        const float threshold = model_threshold(&own->truth, percentile);
+        tree_observe(own, own->step, own->last, norm, percentile, AUTOCLIP_OK, threshold);
+    } else if (choice == 0) { /* an earlier step again: a replica, or a program that is computed anew */
+        const uint64_t back = 1 + source_below(&own->from, own->step);
+        const uint64_t step = own->step - back;
+        const bool known = back <= AUTOCLIP_RECENT_STEPS;
+        tree_observe(own, step, step == 0 ? INFINITY : own->taken[step - 1].norm, own->taken[step].norm,
+                     own->taken[step].percentile, known ? AUTOCLIP_OK : AUTOCLIP_WRONG_STEP,
+                     own->taken[step].threshold);
     } else if (choice == 1) { /* the last step with another outcome; one that it had before would only be told again */
         for (size_t i = 0; i < own->outcome_count; ++i) {
             if (own->outcomes[i] == norm) return;
@@ -173,21 +202,20 @@ static inline void tree_step(tree_program *own) {
         own->outcomes[own->outcome_count++] = norm;
         model_erase(&own->truth, (double)own->last);
         model_push(&own->truth, (double)norm);
-        tree_observe(own, own->step - 1, own->previous, norm, percentile, AUTOCLIP_OK);
-        tree_observe(own, own->step, norm, 0, percentile, AUTOCLIP_OK); /* go on from it: the history holds it now */
+        tree_take(own, own->step - 1, norm, percentile);
         own->last = norm;
-        own->percentile = percentile;
+        /* Go on from it: the history holds it now. */
+        tree_observe(own, own->step, norm, 0, percentile, AUTOCLIP_OK, model_threshold(&own->truth, percentile));
     } else if (choice == 2) { /* a step that does not follow */
-        tree_observe(own, own->step + 1, own->last, norm, percentile, AUTOCLIP_WRONG_STEP);
+        tree_observe(own, own->step + 1, own->last, norm, percentile, AUTOCLIP_WRONG_STEP, 0);
     } else {
         model_push(&own->truth, (double)norm);
-        tree_observe(own, own->step, own->last, norm, percentile, AUTOCLIP_OK);
+        tree_take(own, own->step, norm, percentile);
         own->step += 1;
         own->outcomes[0] = norm;
         own->outcome_count = 1;
         own->previous = own->last;
         own->last = norm;
-        own->percentile = percentile;
     }
     if (test_now.step % 16 == 0) tree_judge(own);
 }

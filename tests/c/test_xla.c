@@ -3,92 +3,7 @@
  * SPDX-License-Identifier: MIT */
 #include "arrays.h"
 
-#include "../../csrc/xla/ffi.h"
-
-xla_error *autoclip_xla_window(xla_call *call);
-xla_error *autoclip_xla_tree(xla_call *call);
-
-typedef xla_error *handler(xla_call *call);
-
-/* --- The part of XLA ---------------------------------------------------------------------------------------------- */
-
-struct xla_error {
-    int code;
-    char message[200];
-};
-
-static xla_error raised;
-
-static xla_error *create_error(xla_error_arguments *arguments) {
-    REQUIRE(arguments->struct_size == sizeof *arguments, "struct_size is %zu", arguments->struct_size);
-    raised.code = arguments->code;
-    (void)snprintf(raised.message, sizeof raised.message, "%s", arguments->message);
-    return &raised;
-}
-
-enum { OPERANDS = 4, RESULTS = 2, RANK = 2 };
-
-typedef struct frame {
-    xla_api api;
-    xla_call call;
-    xla_buffer buffers[OPERANDS + RESULTS];
-    xla_buffer *operands[OPERANDS];
-    xla_buffer *results[RESULTS];
-    int64_t sizes[OPERANDS + RESULTS][RANK];
-    xla_scalar attribute;
-    int64_t history;
-    int kind;
-    void *value;
-} frame;
-
-static xla_buffer buffer_of(int type, void *data, int64_t rank, int64_t *sizes) {
-    return (xla_buffer){.struct_size = sizeof(xla_buffer), .type = type, .data = data, .rank = rank, .sizes = sizes};
-}
-
-static void frame_create(frame *own) {
-    memset(own, 0, sizeof *own);
-    own->api = (xla_api){.struct_size = sizeof own->api, .create_error = create_error};
-    own->call = (xla_call){.struct_size = sizeof own->call, .api = &own->api};
-    for (int i = 0; i < OPERANDS; ++i) own->operands[i] = &own->buffers[i];
-    for (int i = 0; i < RESULTS; ++i) own->results[i] = &own->buffers[OPERANDS + i];
-    own->call.operands = (xla_buffers){.count = OPERANDS, .buffers = own->operands};
-    own->call.results = (xla_buffers){.count = RESULTS, .buffers = own->results};
-}
-
-static void frame_set(frame *own, int at, int type, void *data, int64_t rank, int64_t first, int64_t second) {
-    own->sizes[at][0] = first;
-    own->sizes[at][1] = second;
-    own->buffers[at] = buffer_of(type, data, rank, own->sizes[at]);
-}
-
-/* norms f32[2,N], recorded s32, norm f32, percentile -> norms, threshold */
-static void window_frame(frame *own, float *norms, int64_t window, int32_t *recorded, float *norm, double *percentile,
-                         float *after, float *threshold) {
-    frame_create(own);
-    frame_set(own, 0, XLA_F32, norms, 2, 2, window);
-    frame_set(own, 1, XLA_S32, recorded, 0, 0, 0);
-    frame_set(own, 2, XLA_F32, norm, 0, 0, 0);
-    frame_set(own, 3, XLA_F64, percentile, 1, 1, 0);
-    frame_set(own, 4, XLA_F32, after, 2, 2, window);
-    frame_set(own, 5, XLA_F32, threshold, 0, 0, 0);
-}
-
-/* previous f32[1], recorded s32, norm f32, percentile; attribute `history` s64 -> previous, threshold */
-static void tree_frame(frame *own, uint64_t history, float *previous, int32_t *recorded, float *norm,
-                       double *percentile, float *previous_after, float *threshold) {
-    frame_create(own);
-    frame_set(own, 0, XLA_F32, previous, 1, 1, 0);
-    frame_set(own, 1, XLA_S32, recorded, 0, 0, 0);
-    frame_set(own, 2, XLA_F32, norm, 0, 0, 0);
-    frame_set(own, 3, XLA_F64, percentile, 1, 1, 0);
-    frame_set(own, 4, XLA_F32, previous_after, 1, 1, 0);
-    frame_set(own, 5, XLA_F32, threshold, 0, 0, 0);
-    own->history = (int64_t)history;
-    own->kind = XLA_SCALAR_ATTRIBUTE;
-    own->attribute = (xla_scalar){.type = XLA_S64, .value = &own->history};
-    own->value = &own->attribute;
-    own->call.attributes = (xla_attributes){.count = 1, .kinds = &own->kind, .values = &own->value};
-}
+#include "xla.h"
 
 static void require_refused(handler *call_it, xla_call *call, int code, const char *message) {
     REQUIRE(call_it(call) == &raised, "the call was not refused");
@@ -199,7 +114,7 @@ static void test_errors_of_a_history_are_told(void) {
                     autoclip_status_message(AUTOCLIP_WRONG_STEP));
     recorded = 0;
     percentile = -1;
-    require_refused(autoclip_xla_tree, &own.call, XLA_FAILED_PRECONDITION,
+    require_refused(autoclip_xla_tree, &own.call, XLA_INVALID_ARGUMENT,
                     autoclip_status_message(AUTOCLIP_BAD_PERCENTILE));
     percentile = 50;
     own.history += 1;
@@ -219,7 +134,7 @@ static void test_bad_calls_of_the_window_are_refused(void) {
     float threshold = -1;
     double percentile = 50;
     frame own;
-    for (int fault = 0; fault <= 15; ++fault) {
+    for (int fault = 0; fault <= 22; ++fault) {
         window_frame(&own, norms, 2, &recorded, &norm, &percentile, after, &threshold);
         switch (fault) {
         case 0: own.call.operands = (xla_buffers){0}; break; /* and no array of them */
@@ -235,9 +150,16 @@ static void test_bad_calls_of_the_window_are_refused(void) {
         case 10: own.buffers[5].type = XLA_F64; break;
         case 11: own.buffers[0].rank = 1; break;
         case 12: own.sizes[0][0] = 3; break;
-        case 13: own.sizes[0][1] = 0; break;
+        case 13: own.sizes[0][1] = own.sizes[4][1] = 0; break;
         case 14: own.buffers[3].rank = 0; break;
         case 15: own.buffers[3].rank = 2; break;
+        case 16: frame_set(&own, 1, XLA_S32, NULL, 1, 0, 0); break;
+        case 17: frame_set(&own, 2, XLA_F32, NULL, 1, 0, 0); break;
+        case 18: own.sizes[4][1] = 1; break;
+        case 19: own.sizes[4][0] = 4; break;
+        case 20: frame_set(&own, 5, XLA_F32, NULL, 1, 0, 0); break;
+        case 21: own.call.results = (xla_buffers){0}; break; /* and no array of them */
+        case 22: own.buffers[0].rank = 3; break;
         default: break;
         }
         test_now.step = (uint64_t)fault;
@@ -263,7 +185,7 @@ static void test_bad_calls_of_the_tree_are_refused(void) {
     double percentile = 50;
     frame own;
     tree_create(&twin, VALUES_RANDOM, (source){.state = 4});
-    for (int fault = 0; fault <= 15; ++fault) {
+    for (int fault = 0; fault <= 21; ++fault) {
         tree_frame(&own, twin.id, &previous, &recorded, &norm, &percentile, &previous_after, &threshold);
         switch (fault) {
         case 0: own.call.operands = (xla_buffers){0}; break;
@@ -282,6 +204,12 @@ static void test_bad_calls_of_the_tree_are_refused(void) {
         case 13: own.kind = XLA_SCALAR_ATTRIBUTE + 1; break;
         case 14: own.attribute.type = XLA_S32; break;
         case 15: own.buffers[3].rank = 0; break;
+        case 16: own.sizes[0][0] = 0; break;
+        case 17: own.sizes[0][0] = 2; break;
+        case 18: frame_set(&own, 1, XLA_S32, NULL, 1, 0, 0); break;
+        case 19: frame_set(&own, 2, XLA_F32, NULL, 1, 0, 0); break;
+        case 20: own.sizes[4][0] = 2; break;
+        case 21: frame_set(&own, 5, XLA_F32, NULL, 1, 0, 0); break;
         default: break;
         }
         test_now.step = (uint64_t)fault;

@@ -279,7 +279,12 @@ def test_plot_leaves_nothing_behind_where_it_fails(norms, tmp_path, absent, run_
         absent("matplotlib is not installed")
     before = sorted(tmp_path.rglob("*"))
     table = run_main("replay", norms, "-p", 1).stdout
-    for picture, says in [(tmp_path, "is a folder"), (tmp_path / "no/norms.png", "no"), (tmp_path / "a.xyz", "drawn")]:
+    for picture, says in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "no/norms.png", "norms.png cannot be written: No such file"),
+        (norms / "norms.png", "norms.png cannot be written: Not a directory"),
+        (tmp_path / "a.xyz", "drawn"),
+    ]:
         done = run_main("replay", norms, "-p", 1, "--plot", picture)
         assert (done.code, done.stdout, done.stderr.count("\n")) == (1, table, 1)
         assert says in done.stderr

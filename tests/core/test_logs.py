@@ -422,6 +422,11 @@ def test_damaged_events_are_skipped_one_by_one(events, tmp_path):
     assert read_log(path)[0].skipped == 2
 
 
+def test_log_without_a_name_is_not_the_present_folder():
+    with pytest.raises(AutoClipValueError, match="name of the log is empty"):
+        read_log("")
+
+
 def test_folder_without_events_names_what_it_holds(tmp_path):
     with pytest.raises(AutoClipValueError, match=r"without TensorBoard events\.$"):
         read_norms(tmp_path)

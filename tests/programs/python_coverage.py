@@ -39,7 +39,10 @@ PACKAGES = {
 # By backend.
 RUNS = {"numba": ["tests/core"], "native": ["tests/core", "tests/adapters"]}
 
-FORKS = "tests/core/test_processes.py::test_history_works_on_both_sides_of_a_fork_while_threads_use_it"
+SPOILED = (
+    "tests/core/test_processes.py::test_history_works_on_both_sides_of_a_fork_while_threads_use_it",
+    "tests/core/test_backend.py::test_numba_backend_works_where_the_disk_is_full",
+)
 
 
 def check_installed():
@@ -57,7 +60,7 @@ def run_tests():
     environment = os.environ | {"COVERAGE_FILE": str(DATA / "data"), "NUMBA_CACHE_DIR": str(DATA / "numba")}
     for backend, folders in RUNS.items():
         # Hypothesis draws the same each time, or the figures would not be the same.
-        options = ["--hypothesis-seed=0", f"--deselect={FORKS}", *folders]
+        options = ["--hypothesis-seed=0", *(f"--deselect={test}" for test in SPOILED), *folders]
         command = [sys.executable, "-P", "-m", "coverage", "run", "-m", "pytest", *options]
         subprocess.run(command, cwd=ROOT, env=environment | {"AUTOCLIP_BACKEND": backend}, check=True)
     combine = [sys.executable, "-P", "-m", "coverage", "combine", "--quiet"]

@@ -32,9 +32,6 @@ What `make soak` counted when each part ran last; `make test` runs the same in s
 what command, is in [tests/RELIABILITY.md](../../../tests/RELIABILITY.md). None of these runs found a fault."""
 
 
-FUZZING_GOAL = 10**9  # executions, over as many runs as it takes
-
-
 class FaultError(Exception):
     """A part found something; the message says what."""
 
@@ -100,52 +97,68 @@ def valgrind(_):
     return [("test programs passed", f"{passed(c_tests('valgrind'))}")]
 
 
+# By fuzzer: what its inputs become, and how many bytes they may have. Snapshots of 55 norms have trees of three levels.
+INPUTS = {
+    "operations": ("streams of operations, against the model", 2048),
+    "snapshot": ("byte strings, loaded as snapshots", 512),
+    "arrays": ("programs with norms in arrays of their own, against the model", 2048),
+    "frameworks": ("programs of XLA and TensorFlow that call the entry points, right and wrong", 512),
+}
+FUZZING_GOAL = 10**9  # executions, over as many runs as it takes
+ASAN, UBSAN = "ASan and UBSan", "UBSan alone"
+
+
 def fuzz(options):
-    """Fuzzers side by side, from the kept corpus, under ASan and UBSan; what all runs have executed is added up."""
-    build("fuzz")
-    folder = ROOT / "build/fuzz/tests"
-    inputs = {
-        "operations": "streams of operations, against the model",
-        "snapshot": "byte strings, loaded as snapshots",
-        "arrays": "programs with norms in arrays of their own, against the model",
-    }
-    # Snapshots of 55 norms have trees of three levels, and twice as many are tried in the time.
-    longest = {"operations": 2048, "snapshot": 512, "arrays": 2048}
+    """Inputs that the fuzzers executed in all runs so far, and what of the kernel the latest ones reached.
+
+    Under UBSan alone an execution costs half or less, so there the fuzzers begin. Then they go on under ASan and UBSan,
+    from all inputs that reached something new.
+    """
     kept = RESULTS / "soak/fuzzing.json"
     totals = json.loads(kept.read_text(encoding="utf-8"))
-    logs = {name: folder / f"{name}.log" for name in inputs}
-    processes = {}
-    for name, log in logs.items():
-        limits = (f"-max_len={longest[name]}", f"-max_total_time={options.fuzz_seconds}", "-print_final_stats=1")
-        corpora = (f"corpus/{name}", str(ROOT / "tests/c/corpus/failed"))
-        command = [f"./fuzz_{name}", *limits, f"-artifact_prefix=failed-{name}-", *corpora]
-        with log.open("w", encoding="utf-8") as file:
-            processes[name] = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+    for preset, sanitizers in (("fuzz-fast", UBSAN), ("fuzz", ASAN)):
+        build(preset)
+        folder = ROOT / "build" / preset / "tests"
+        logs = {name: folder / f"{name}.log" for name in options.fuzzers}
+        processes = {}
+        for name, log in logs.items():
+            limits = (f"-max_len={INPUTS[name][1]}", f"-max_total_time={options.fuzz_seconds}", "-print_final_stats=1")
+            found = ROOT / "build/fuzz/tests/corpus" / name
+            corpora = (found, ROOT / "tests/c/corpus/failed")
+            command = [f"./fuzz_{name}", *limits, f"-artifact_prefix=failed-{name}-", *corpora]
+            with log.open("w", encoding="utf-8") as file:
+                processes[name] = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        for name, process in processes.items():
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            said = logs[name].read_text(encoding="utf-8", errors="replace")
+            if status:
+                raise FaultError(f"the fuzzer ended with {process.returncode}; {logs[name]} ends:\n{said[-3000:]}")
+            total = totals[name]
+            [executed] = counted(r"stat::number_of_executed_units: (\d+)", said)
+            total["executions"][sanitizers] += executed
+            total["processor_hours"] = round(total["processor_hours"] + (usage.ru_utime + usage.ru_stime) / 3600, 4)
+            reached = re.search(r"DONE +cov: (\d+) ft: (\d+) corp: (\d+)", said).groups()
+            total["edges"], total["features"], total["inputs"] = map(int, reached)
+            replace(kept, json.dumps(totals, indent=2) + "\n")
+    return fuzzing_figures(totals)
+
+
+def fuzzing_figures(totals):
+    """What stands in fuzzing.json, for the page."""
     figures = []
-    for name, process in processes.items():
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said = logs[name].read_text(encoding="utf-8", errors="replace")
-        if status:
-            raise FaultError(f"the fuzzer ended with {process.returncode}; {logs[name]} ends:\n{said[-3000:]}")
-        [executed] = counted(r"stat::number_of_executed_units: (\d+)", said)
-        [seconds] = counted(r"Done \d+ runs in (\d+) second", said)
-        reached = re.search(r"DONE +cov: (\d+) ft: (\d+) corp: (\d+)", said).groups()
-        processor = (usage.ru_utime + usage.ru_stime) / 3600
-        figures += [
-            (inputs[name], f"{executed:,}"),
-            ("hours on the clock; of the processor", f"{seconds / 3600:.2f}; {processor:.2f}"),
-            ("edges and features reached; inputs that reach them", "{:,} and {:,}; {:,}".format(*map(int, reached))),
-        ]
-        total = totals.setdefault(name, {"executions": 0, "processor_hours": 0.0})
-        total["executions"] += executed
-        total["processor_hours"] = round(total["processor_hours"] + processor, 4)
-        replace(kept, json.dumps(totals, indent=2) + "\n")
-    executions = sum(total["executions"] for total in totals.values())
+    for name, total in totals.items():
+        figures += [(f"{INPUTS[name][0]}, under {by}", f"{count:,}") for by, count in total["executions"].items()]
+        reached = f"{total['edges']:,} and {total['features']:,}; {total['inputs']:,}"
+        figures.append(("edges and features reached; inputs that reach them", reached))
+    by_sanitizers = Counter()
+    for total in totals.values():
+        by_sanitizers.update(total["executions"])
     hours = sum(total["processor_hours"] for total in totals.values())
     return [
         *figures,
-        (f"all runs so far, of {FUZZING_GOAL:,}", f"{executions:,} in {hours:.2f} hours of the processor"),
+        (f"all, of {FUZZING_GOAL:,}", f"{by_sanitizers.total():,} in {hours:.2f} hours of the processor"),
+        ("of these under ASan and UBSan", f"{by_sanitizers[ASAN]:,}"),
     ]
 
 
@@ -244,7 +257,8 @@ def report(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--fuzz-seconds", type=int, default=7200, help="of each fuzzer (default: %(default)s)")
+    parser.add_argument("--fuzz-seconds", type=int, default=3600, help="of each fuzzer, twice (default: %(default)s)")
+    parser.add_argument("--fuzzers", nargs="+", choices=INPUTS, default=[*INPUTS], help="(default: all)")
     parser.add_argument("--mutants", type=int, default=220, help="how many to draw (default: %(default)s)")
     parser.add_argument("--adapter-mutants", type=int, default=150, help="how many to draw (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=30, help="of each framework (default: %(default)s)")
