@@ -334,7 +334,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         """Read what `save_own_variables` wrote.
 
         Raises:
-            StateError: the state has another window, or keeps its norms elsewhere.
+            StateError: the state has another window or is of other variables, or keeps its norms elsewhere.
             SnapshotError: its history is damaged.
         """
         state = {key: store[key] for key in store.keys()}  # noqa: SIM118 - not a mapping
@@ -344,13 +344,11 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             raise StateError(
                 f"This AutoClipOptimizer keeps its norms in {here}, but the state is of one that keeps them in {there}."
             )
-        at = next(i for i, variable in enumerate(self.variables) if variable is self._state["norms"])
-        window, saved_window = self._state["norms"].shape[-1], np.shape(state.get(str(at), [0]))[-1]
-        if len(state) == len(self.variables) and window != saved_window:
-            raise StateError(
-                f"The state has window={saved_window}, but this AutoClipOptimizer has window={window}; construct it "
-                "with the window of the run that is resumed."
-            )
+        if len(state) != len(self.variables):
+            super().load_own_variables(state)  # which warns, and loads nothing
+            return
+        for at, variable in enumerate(self.variables):
+            _check_shape(variable, np.shape(state[str(at)]), is_window=variable is self._state["norms"])
         loaded = None if saved is None else NormHistory.from_bytes(np.asarray(saved, np.uint8).tobytes())
         super().load_own_variables(state)
         if self.history is not None and loaded is not None:
@@ -416,6 +414,21 @@ def _check_option(name: str, value: Any) -> None:
             f"The inner optimizer has {name}={value} and would clip again what AutoClip has clipped; leave it out. An "
             "upper cap on the threshold is max_threshold."
         )
+
+
+def _check_shape(variable: keras.Variable, saved: tuple[int, ...], *, is_window: bool) -> None:
+    """Check what is to be loaded: Keras would find out when a part of the variables is loaded."""
+    if saved == tuple(variable.shape):
+        return
+    if is_window:
+        raise StateError(
+            f"The state has window={saved[-1]}, but this AutoClipOptimizer has window={variable.shape[-1]}; construct "
+            "it with the window of the run that is resumed."
+        )
+    raise StateError(
+        f"The state has shape {saved} for {variable.path}, whose shape here is {tuple(variable.shape)}; construct the "
+        "model and the inner optimizer of the run that is resumed."
+    )
 
 
 def _is_stateless() -> bool:

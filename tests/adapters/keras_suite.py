@@ -269,9 +269,13 @@ METHODS_OF_KERAS = {
 }
 
 
-def test_every_member_of_a_keras_optimizer_is_handed_on():
+@pytest.mark.parametrize("built", [False, True])
+def test_every_member_of_a_keras_optimizer_is_handed_on(built):
     inner = keras.optimizers.SGD(RATE)
     optimizer = AutoClipOptimizer(inner, name="clipper")
+    variable = keras.Variable([1.0])
+    if built:
+        optimizer.build([variable])
     for name in (name for name in dir(keras.optimizers.Optimizer(0.1)) if not name.startswith("_")):
         if name in OPTIONS:
             setattr(optimizer, name, OPTIONS[name])
@@ -285,14 +289,23 @@ def test_every_member_of_a_keras_optimizer_is_handed_on():
         elif name == "gradient_accumulation_steps":
             with pytest.raises(AutoClipValueError, match="given to AutoClipOptimizer when it is constructed"):
                 optimizer.gradient_accumulation_steps = 2
+            optimizer.gradient_accumulation_steps = None  # as it is
             assert AutoClipOptimizer(inner, gradient_accumulation_steps=4).gradient_accumulation_steps == 4
         elif name in {"built", "name"}:
-            assert (optimizer.built, optimizer.name) == (False, "clipper")
+            assert (optimizer.built, optimizer.name) == (built, "clipper")
         else:
             assert name in METHODS_OF_KERAS or name in vars(AutoClipOptimizer), f"{name} is new in Keras"
-    variable = keras.Variable([1.0])
+    inner.use_ema = False  # it was not built for averages
     grads = [ops.convert_to_tensor([1.0])]
     assert [int(optimizer.apply_gradients([(grads[0], variable)])) for _ in range(2)] == [1, 2]
+
+
+def test_variables_are_left_out_of_weight_decay_by_themselves():
+    variables = [keras.Variable([1.0]), keras.Variable([1.0])]
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0, weight_decay=0.5))
+    optimizer.exclude_from_weight_decay(var_list=variables[:1])
+    optimizer.apply([ops.zeros((1,))] * 2, variables)
+    assert [ops.convert_to_numpy(variable).item() for variable in variables] == [1.0, 0.5]
 
 
 def test_loss_scaling_around_the_wrapper_swaps_averages_too():
@@ -694,9 +707,11 @@ def test_state_without_its_history_is_refused():
     history = NormHistory()
     model = make_model(make_optimizer(history=history))
     fit(model)
+    before = numbers(model.optimizer)
     history.clear()
     with pytest.raises(StateError, match="restore both from one checkpoint"):
         fit(model)
+    assert (numbers(model.optimizer), len(history)) == (before, 0)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="there it can be")
@@ -733,6 +748,11 @@ def test_rows_named_twice_add_up(accumulate):
             type("Adam", (), {"__module__": "tf_keras.src.optimizers.adam"}),
             AutoClipTypeError,
             "Adam of tf_keras, which is Keras 2, was given; use keras.optimizers.Adam",
+        ),
+        (
+            type("Own", (type("Adam", (), {"__module__": "tf_keras.src.optimizers.adam"}),), {}),
+            AutoClipTypeError,
+            "Own of tf_keras, which is Keras 2, was given",
         ),
         (make_optimizer, AutoClipValueError, "wrapped in an AutoClipOptimizer already"),
         (
@@ -856,11 +876,47 @@ print("agreed")
 # What went unnoticed once.
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_gradients_are_scaled_with_all_digits_of_the_scale(dtype):
+    def step(grad):
+        variable.assign(ops.zeros((500,), dtype))
+        optimizer.apply([grad], [variable])
+        return ops.convert_to_numpy(ops.cast(-variable, "float32"))
+
+    variable = keras.Variable(np.zeros(500), dtype=dtype)
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), 0.0)
+    grad = ops.cast(ops.linspace(0.1, 1.0, 500), dtype)
+    step(grad)
+    clipped, scale = step(3 * grad), optimizer.metrics()["clip_scale"]
+    exact, rough = ops.cast(3 * grad, "float32") * scale, 3 * grad * ops.cast(scale, dtype)
+    exact, rough = (ops.convert_to_numpy(ops.cast(ops.cast(each, dtype), "float32")) for each in (exact, rough))
+    np.testing.assert_array_equal(clipped, exact)
+    assert (clipped != rough).any()
+
+
 def test_half_precision_norm_beyond_its_range_is_finite():
     variable = keras.Variable([0.0] * 100, dtype="float16")
     optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.0))
     optimizer.apply([ops.full((100,), 60000.0, "float16")], [variable])
     assert numbers(optimizer)["grad_norm"] == pytest.approx(6e5, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_gradients_and_variables_may_come_one_by_one(accumulate):
+    variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), gradient_accumulation_steps=accumulate)
+    for _ in range(accumulate or 1):
+        optimizer.apply((ops.full((1,), size) for size in (3.0, 4.0)), iter(variables))
+    assert numbers(optimizer)["grad_norm"] == 5.0
+    assert [ops.convert_to_numpy(variable).item() for variable in variables] == [-3.0, -4.0]
+
+
+def test_accumulated_gradients_find_their_variables_in_any_order():
+    first, second = variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), 100.0, gradient_accumulation_steps=2)
+    for sizes, order in (((1.0, 10.0), variables), ((30.0, 3.0), [second, first])):
+        optimizer.apply([ops.full((1,), size) for size in sizes], order)
+    assert [ops.convert_to_numpy(variable).item() for variable in variables] == [-2.0, -20.0]
 
 
 def test_accumulated_gradients_need_no_variables_named():
@@ -872,17 +928,41 @@ def test_accumulated_gradients_need_no_variables_named():
     assert ops.convert_to_numpy(variable).tolist() == [0.0]
 
 
-@not_on_jax
-def test_damaged_history_leaves_the_optimizer_as_it_was():
-    variable, store = keras.Variable([1.0]), {}
-    optimizers = [AutoClipOptimizer(keras.optimizers.SGD(1.0), history=NormHistory()) for _ in range(2)]
-    for optimizer in optimizers:
-        optimizer.build([variable])
-    optimizers[0].apply([ops.ones((1,))], [variable])
-    optimizers[0].save_own_variables(store)
-    with pytest.raises(SnapshotError):
-        optimizers[1].load_own_variables({**store, "history": store["history"][:-1]})
-    assert numbers(optimizers[1])["steps"] == 0
+def after_a_step(inner, size, home):
+    """An optimizer that has taken a step, and what it saves."""
+    optimizer = AutoClipOptimizer(inner, **({"history": NormHistory()} if home == "history" else {}))
+    optimizer.apply([ops.ones((size,))], [keras.Variable([1.0] * size)])
+    return optimizer, saved(optimizer)
+
+
+def saved(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return store
+
+
+@pytest.mark.parametrize("home", ["window", pytest.param("history", marks=not_on_jax)])
+def test_state_that_does_not_fit_changes_nothing(home):
+    optimizer, store = after_a_step(keras.optimizers.SGD(1.0, momentum=0.9), 2, home)
+    optimizer.apply([ops.ones((2,))])
+    before = saved(optimizer)
+    momentum = str(len(optimizer.variables) - 1)
+    with pytest.raises(StateError, match=r"has shape \(3,\) for .*momentum.*, whose shape here is \(2,\)"):
+        optimizer.load_own_variables({**store, momentum: np.ones(3)})
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        optimizer.load_own_variables(after_a_step(keras.optimizers.Adam(), 2, home)[1])
+    if home == "history":
+        with pytest.raises(SnapshotError):
+            optimizer.load_own_variables({**store, "history": store["history"][:-1]})
+    np.testing.assert_equal(saved(optimizer), before)
+
+
+def test_custom_inner_optimizer_is_found_by_its_name():
+    class Own(keras.optimizers.SGD):
+        pass
+
+    config = AutoClipOptimizer(Own(1.0)).get_config()
+    assert type(AutoClipOptimizer.from_config(config, {"Own": Own}).inner_optimizer) is Own
 
 
 def make_line():

@@ -266,6 +266,14 @@ def test_leaves_of_every_kind_that_has_a_norm():
     assert updates["number"] == 4.0
 
 
+def test_complex_updates_keep_their_direction():
+    tx = autoclip(0.0, window=4)
+    grad = jnp.array([3.0 + 4.0j])
+    _, state = tx.update(grad, tx.init(grad))
+    updates, _ = tx.update(2 * grad, state)
+    np.testing.assert_array_equal(updates, grad)
+
+
 def test_half_updates_are_scaled_with_all_digits_of_the_scale():
     tx = autoclip(0.0, window=4)
     grad = jnp.linspace(0.1, 1, 500).astype(jnp.bfloat16)
@@ -301,7 +309,8 @@ norms = np.random.default_rng(0).lognormal(size=200).astype(np.float32).astype(f
 for home, worst in (("kernel", 0), ("tree", 0), ("jax.numpy", 1)):
     if home == "jax.numpy": kernel._obstacle = lambda: "this test does without"
     for percentile in (33.3, jnp.float64(33.3), jnp.float32(33.25)):
-        tx = autoclip(percentile, **({"history": NormHistory()} if home == "tree" else {"window": 256}))
+        home_of_norms = {"history": NormHistory()} if home == "tree" else {"window": 256}
+        tx = autoclip(percentile, max_threshold=jnp.float64(1e6), **home_of_norms)
         def step(state, norm):
             updates, state = tx.update(norm[None], state)
             assert updates.dtype == jnp.float64
@@ -395,9 +404,24 @@ def test_history_that_is_gone_is_an_error():
 # Bad input.
 
 
-def test_percentile_in_an_array_is_checked_too():
+def test_options_in_arrays_are_checked_too():
     with pytest.raises(AutoClipValueError, match="from 0 to 100, but 200"):
         autoclip(jnp.float32(200))
+    with pytest.raises(AutoClipValueError, match=r"warmup must be at least 0 .* but -1"):
+        autoclip(warmup=jnp.int32(-1))
+    with pytest.raises(AutoClipValueError, match="max_threshold must be above 0 or None, but 0"):
+        autoclip(max_threshold=jnp.float32(0))
+    assert autoclip(window=jnp.int32(8)).init(None).norms.shape == (2, 8)
+
+
+def test_saved_history_may_come_back_as_any_array():
+    history = NormHistory()
+    history.extend([1.0, 300.0])
+    saved = save_history(history)
+    for back in (saved, jnp.asarray(saved), saved.astype(np.int64), saved.tolist()):
+        assert load_history(back).values().tolist() == [1.0, 300.0]
+    saved[:] = 0  # it is the caller's
+    assert len(history) == 2
 
 
 def test_damaged_history_is_refused():
@@ -430,6 +454,17 @@ def test_state_of_another_window_or_home_is_refused():
         autoclip(history=NormHistory()).update(params, state)
     with pytest.raises(StateError, match="keeps its norms in the state"):
         autoclip().update(params, autoclip(history=NormHistory()).init(params))
+
+
+def test_properties_of_a_state_are_its_metrics():
+    tx = autoclip(50.0, window=4)
+    state = tx.init(jnp.ones(1))
+    for norm in (0.0, np.nan, 2.0, np.inf, 8.0, np.nan):
+        _, state = tx.update(jnp.full(1, norm), state)
+        found = metrics(state)
+        assert found.pop("skipped_in_a_row") == (not np.isfinite(norm))
+        for name, value in found.items():
+            np.testing.assert_array_equal(getattr(state, name), value)
 
 
 def test_metrics_are_named_and_found_anywhere():

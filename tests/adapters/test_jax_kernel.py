@@ -15,7 +15,7 @@ from autoclip_jax import autoclip, kernel
 from jax import export
 from jax.experimental import serialize_executable
 
-from autoclip_core import NormHistory, kernel_library
+from autoclip_core import BackendError, NormHistory, kernel_library
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -228,6 +228,28 @@ for home in ("window", "tree"):
 
 
 # Without the handlers.
+
+
+def fail(error):
+    def failing(*_):
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "replacement", "says"),
+    [
+        (jax, "devices", fail(RuntimeError("no such platform")), "no such platform"),
+        (kernel, "kernel_library", fail(BackendError("not compiled")), "not compiled"),
+        (ctypes, "CDLL", fail(OSError("cannot be opened")), "cannot be opened"),
+        (ctypes, "CDLL", lambda path: None, "autoclip_xla_window"),
+    ],
+    ids=["no CPU", "no kernel", "damaged", "of an earlier release"],
+)
+def test_what_keeps_the_kernel_from_being_registered_is_told(module, name, replacement, says, monkeypatch):
+    monkeypatch.setattr(module, name, replacement)
+    assert says in kernel._register.__wrapped__()
 
 
 def test_without_the_kernel_jax_numpy_does_it(run_python, other_backend):

@@ -23,6 +23,7 @@ from autoclip_core import AutoClip, NormHistory
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 NORMS = np.random.default_rng(0).lognormal(size=60).astype(np.float32)
+PROPERTIES = [name for name, member in vars(AutoClipState).items() if isinstance(member, property)]
 
 
 def core_steps(norms, percentile=10.0, **options):
@@ -111,6 +112,10 @@ def test_vmap_keeps_one_history_per_member():
         expected = core_steps(norms, window=16)
         assert states.clip_threshold[member] == thresholds(expected)[-1]
         assert states.clipped_steps[member] == sum(step.clipped for step in expected)
+        alone = jax.tree.map(lambda leaf, member=member: leaf[member], states)
+        for name in PROPERTIES:
+            assert getattr(states, name).shape == (3,)
+            assert getattr(states, name)[member] == getattr(alone, name)
 
 
 def test_vmap_over_one_tree_is_refused():
@@ -293,6 +298,30 @@ def test_inject_hyperparams_takes_its_numbers_from_small_floats(dtype):
         updates, state = step(params * norm, state, params)
         assert metrics(state)["clip_threshold"] == threshold
         assert updates.dtype == dtype
+
+
+def test_inject_hyperparams_traces_a_warmup_that_acts():
+    tx = optax.inject_hyperparams(autoclip)(percentile=0.0, warmup=2)
+    state = tx.init(jnp.ones(1))
+    step = jax.jit(tx.update)
+    for norm, scale in ((1.0, 1.0), (4.0, 1.0), (2.0, 0.5), (8.0, 0.125)):
+        _, state = step(jnp.array([norm]), state, jnp.ones(1))
+        assert metrics(state)["clip_scale"] == scale
+
+
+def test_percentile_that_is_traced_is_a_constant_where_a_step_is_differentiated():
+    _, state = autoclip(window=4).update(jnp.ones(1), autoclip(window=4).init(jnp.ones(1)))
+
+    def after(percentile):
+        return autoclip(percentile, window=4).update(jnp.full(1, 9.0), state)[0][0]
+
+    assert (after(50.0), jax.grad(after)(50.0)) == (5.0, 0.0)
+
+
+def test_arguments_for_later_transformations_pass_through():
+    tx = optax.chain(autoclip(0.0, window=4), optax.sgd(1.0), optax.contrib.reduce_on_plateau())
+    updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1), value=1.0)
+    assert updates == -1.0
 
 
 def test_inject_hyperparams_holds_a_percentile_within_its_bounds_and_names_what_is_static():

@@ -12,6 +12,7 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,13 +184,24 @@ def test_rows_named_twice_add_up(mode):
     def step(values):
         clip([tf.constant([0.0, 1.0])])
         (grad,) = clip([tf.IndexedSlices(values, tf.constant([3, 0, 3]), tf.constant([5, 1]))])
-        return grad.values, grad.indices
+        return grad.values, grad.indices, grad.dense_shape
 
-    values, indices = tf.function(step, jit_compile=mode == "XLA")(tf.constant([[1.0], [2.0], [4.0]]))
+    values, indices, shape = tf.function(step, jit_compile=mode == "XLA")(tf.constant([[1.0], [2.0], [4.0]]))
     metrics = numbers(clip)
     assert metrics["grad_norm"] == pytest.approx(np.hypot(5, 2))
     np.testing.assert_allclose(values[:, 0], np.array([1, 2, 4]) * metrics["clip_scale"], rtol=1e-6)
-    assert indices.numpy().tolist() == [3, 0, 3]
+    assert (indices.numpy().tolist(), shape.numpy().tolist()) == ([3, 0, 3], [5, 1])
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16], ids=lambda dtype: dtype.name)
+def test_half_gradients_are_scaled_with_all_digits_of_the_scale(dtype):
+    clip = AutoClip(0.0)
+    grad = tf.cast(tf.linspace(0.1, 1.0, 500), dtype)
+    clip([grad])
+    (clipped,) = clip([3 * grad])
+    scale = clip.metrics()["clip_scale"]
+    np.testing.assert_array_equal(clipped, tf.cast(tf.cast(3 * grad, tf.float32) * scale, dtype))
+    assert tf.reduce_any(clipped != 3 * grad * tf.cast(scale, dtype))
 
 
 def test_rows_of_half_precision_add_up_without_overflow():
@@ -298,6 +310,16 @@ def test_tree_is_not_for_xla_and_the_error_says_what_is():
 def test_tree_that_cannot_be_reached_is_refused(monkeypatch):
     monkeypatch.setattr(graph, "_OBSTACLE", "the sky is falling")
     with pytest.raises(BackendError, match=r"the sky is falling.*variables keep the last `window` norms"):
+        AutoClip(history=NormHistory())
+
+
+def test_tree_is_refused_where_tensorflow_lacks_a_function(monkeypatch):
+    def register(find):
+        return None if find(b"TF_LaterThanThis") else b"TF_LaterThanThis"
+
+    monkeypatch.setattr(graph.ctypes, "CDLL", lambda path: SimpleNamespace(autoclip_tensorflow_register=register))
+    monkeypatch.setattr(graph, "_OBSTACLE", graph._register())
+    with pytest.raises(BackendError, match=r"TF_LaterThanThis.*variables keep the last `window` norms"):
         AutoClip(history=NormHistory())
 
 

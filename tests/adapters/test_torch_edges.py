@@ -226,6 +226,24 @@ def test_scale_that_a_failed_step_left_behind_is_not_taken_for_a_gradscalers():
     assert param.item() == -2.0
 
 
+def test_repeat_whose_step_failed_is_not_what_the_next_step_leaves(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    (param,) = make_params()
+    clip = AutoClip([param], 50.0, mode="deferred")
+    give([param], 2.0)
+    clip.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Pipeline, "apply", fail)
+        with pytest.raises(MemoryError):
+            clip.step()
+    give([param], 3.0)
+    clip.step()
+    clip.step()
+    assert clip.steps == 2
+
+
 # Norms that are on their way.
 
 
@@ -307,6 +325,10 @@ def test_own_verdict_counts_beside_a_gradscalers(monkeypatch):
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
     assert (param.item(), clip.nonfinite_steps) == (0.0, 1)
+
+
+def test_device_that_captures_no_graphs_is_not_asked():
+    assert not gradients.is_capturing(torch.device("meta"))
 
 
 def test_optimizer_inside_of_two_wrappers_is_found():

@@ -673,8 +673,9 @@ class AdapterTests:
         for framework in FRAMEWORKS[mutant.kind].split():
             import_module(framework)
         name = mutant.file.relative_to(ADAPTERS).as_posix()
-        on = "tensorflow" if mutant.file.stem in {"graph", "state"} else "torch"
-        files = [f"tests/adapters/{test}.py" for test in ADAPTERS_KNOWN_BY[name].split()]
+        judges = ADAPTERS_KNOWN_BY[name].split()
+        on = "tensorflow" if judges == ["test_tensorflow"] else "torch"
+        files = [f"tests/adapters/{test}.py" for test in judges]
         lines = {(name, line) for line in mutant.lines()}
         known = [each for file in files for each in self.learn(file, mutant.kind, on)]
         at_import = any(lines & seen for test, _, seen in known if not test)
