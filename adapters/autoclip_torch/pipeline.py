@@ -69,6 +69,8 @@ class Pipeline:
         "a module have been replaced, a new AutoClip)"
     )
 
+    _is_on_host: bool  # whether all gradients of the latest layout are
+
     def __init__(
         self,
         groups: Groups,
@@ -94,7 +96,6 @@ class Pipeline:
         self._may_be_copies = process_group is not None
         self._layout: Layout | None = None  # of the latest gradients
         self._is_deferred = mode == "deferred"  # whether the device decides about them
-        self._is_on_host = False  # whether they all are
         self._plateau: Plateau | None = Plateau()  # None: it was found and said
         self.refuse_parts(groups.params)
         self.replace({name: self.make_clip() for name in groups.by_name})
