@@ -784,6 +784,20 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
         AutoClipOptimizer(inner())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("clipnorm", 1.0), ("gradient_accumulation_steps", 2), ("loss_scale_factor", 2.0)]
+)
+def test_options_that_the_inner_optimizer_is_given_later_are_refused(option, value):
+    optimizer, variable = make_optimizer(), keras.Variable([1.0, 2.0])
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    before = keras.ops.convert_to_numpy(variable)
+    setattr(optimizer.inner_optimizer, option, value)
+    with pytest.raises(AutoClipValueError, match=r"inner|unscaled"):
+        optimizer.apply([keras.ops.ones(2)], [variable])
+    assert numbers(optimizer)["steps"] == 1
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), before)
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_accumulation_is_for_one_replica(monkeypatch, replicas):
     monkeypatch.setattr("autoclip_tensorflow.optimizer.count_replicas", lambda: replicas)
