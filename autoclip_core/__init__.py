@@ -4,7 +4,7 @@ Norms in, thresholds out. This package imports no framework, and numpy only when
 """
 
 from autoclip_core import arrays
-from autoclip_core._backend import kernel_error, kernel_library
+from autoclip_core._backend import kernel_error, kernel_functions, kernel_library
 from autoclip_core.clip import AutoClip, ClipStep
 from autoclip_core.errors import (
     AutoClipError,
@@ -37,6 +37,7 @@ __all__ = [
     "arrays",
     "check_full_history",
     "kernel_error",
+    "kernel_functions",
     "kernel_library",
 ]
 

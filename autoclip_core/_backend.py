@@ -10,7 +10,7 @@ import os
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from autoclip_core.errors import AutoClipTypeError, AutoClipValueError, BackendError
 
@@ -88,6 +88,19 @@ def kernel_library() -> str:
     if backend.library is None:
         raise BackendError(f"The backend is {backend.name!r}, and only the native one has a library to call from C.")
     return backend.library
+
+
+def kernel_functions() -> Any:
+    """Return the functions of the compiled kernel, for Python that calls them at every step.
+
+    Those of autoclip.h, as cffi makes them; and `tensors_measure`, `tensors_scale` and `tensors_fingerprint` of
+    csrc/arrays/tensors.h, to which each array is the address of its memory.
+
+    Raises:
+        BackendError: as for `kernel_library`.
+    """
+    kernel_library()
+    return import_module("autoclip_core._native").lib
 
 
 def kernel_error(status: int) -> Exception:

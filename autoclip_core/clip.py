@@ -8,7 +8,8 @@ anything written here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import inf
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,6 +39,10 @@ class ClipStep(NamedTuple):
     scale: float
     clipped: bool
     recorded: bool
+
+
+# In half the time of ClipStep's own __new__, which is a Python function.
+_step: Callable[[tuple[float, float, float, bool, bool]], ClipStep] = partial(tuple.__new__, ClipStep)
 
 
 class AutoClip:
@@ -148,16 +153,16 @@ class AutoClip:
             norm = as_number(norm, "norm")
         if not 0.0 < norm < inf:
             return self._observe_unrecorded(norm)
-        threshold = self._history.observe(norm, self._percentile)
+        threshold = self._history._observe(norm, self._percentile)  # both are floats that it need not check
         if threshold > self._max_threshold:
             threshold = self._max_threshold
         self._steps += 1
         self._recorded_steps += 1
         limit = threshold if self._recorded_steps > self._warmup else self._max_threshold
         if norm <= limit:
-            return ClipStep(norm, threshold, 1.0, False, True)
+            return _step((norm, threshold, 1.0, False, True))
         self._clipped_steps += 1
-        return ClipStep(norm, threshold, limit / norm, True, True)
+        return _step((norm, threshold, limit / norm, True, True))
 
     def _observe_unrecorded(self, norm: float) -> ClipStep:
         if norm < 0.0:

@@ -20,6 +20,7 @@ if marked is None:
 # norms whose difference is beyond a double).
 RETURNING = """
 #include <string.h>
+#include <arrays/tensors.h>
 #include <autoclip.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -58,11 +59,30 @@ static autoclip_status save(uint64_t id, void *fresh, size_t capacity, size_t *s
 #endif
     return autoclip_shared_save(id, fresh, capacity, size);
 }
+
+/* Tensors are elsewhere: Python knows addresses of them, and of its own arrays. */
+static int tensors_measure(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width, uintptr_t norms)
+{
+    return autoclip_tensors_measure((void *)addresses, (void *)sizes, count, width, (void *)norms);
+}
+
+static void tensors_scale(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width, uintptr_t factors)
+{
+    autoclip_tensors_scale((void *)addresses, (void *)sizes, count, width, (void *)factors);
+}
+
+static uint64_t tensors_fingerprint(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width)
+{
+    return autoclip_tensors_fingerprint((void *)addresses, (void *)sizes, count, width);
+}
 """
 DECLARED = """
 double observe(uint64_t id, double norm, double percentile);
 double percentile(uint64_t id, double percentile);
 autoclip_status save(uint64_t id, void *fresh, size_t capacity, size_t *size);
+int tensors_measure(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width, uintptr_t norms);
+void tensors_scale(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width, uintptr_t factors);
+uint64_t tensors_fingerprint(uintptr_t addresses, uintptr_t sizes, size_t count, size_t width);
 """
 
 ffibuilder = FFI()

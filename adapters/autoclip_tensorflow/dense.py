@@ -146,4 +146,6 @@ def scaled(grad: Any, scale: Any) -> Any:
 
 
 def _wide(grad: Any) -> Any:
-    return ops.cast(grad, keras.backend.result_type(grad.dtype, "float32"))
+    kind = keras.backend.standardize_dtype(grad.dtype)
+    # By Keras's rules float64 and float32 together are float32.
+    return grad if kind == "float64" else ops.cast(grad, keras.backend.result_type(kind, "float32"))

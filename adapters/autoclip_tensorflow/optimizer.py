@@ -212,6 +212,9 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
         Args:
             grads: one per variable; None for a variable that has none.
             trainable_variables: the variables; without them those that the optimizer was built with.
+
+        Raises:
+            AutoClipValueError: the inner optimizer has been told to clip, to accumulate or to scale the loss.
         """
         grads = list(grads)
         if trainable_variables is not None:
@@ -225,6 +228,7 @@ class AutoClipOptimizer(keras.optimizers.Optimizer):  # type: ignore[misc] # ker
             self._clip_and_apply(grads, trainable_variables)
 
     def _clip_and_apply(self, grads: list[Any], variables: list[keras.Variable] | None) -> None:
+        _check_inner(self.inner_optimizer)  # whose options may have been set since
         scale = update_variables(self._options, self._state, global_square(grads))
         self.inner_optimizer.apply([scaled(grad, scale) for grad in grads], variables)
 

@@ -27,6 +27,7 @@ from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.gradients import as_tensor, is_dropped, moved
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
+    gradient_arguments,
     innermost,
     is_nested,
     lacks_momentum,
@@ -192,6 +193,7 @@ class StepHooks:
         self._pipeline = pipeline
         self._optimizer = ref(optimizer)
         self._needs_closure = needs_closure(optimizer)
+        self._gradient_arguments = gradient_arguments(optimizer)
         # A step that is not torch's need not know of grad_scale, whatever it has inherited.
         self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -250,6 +252,12 @@ class StepHooks:
             else:  # somebody has made new gradients since
                 self._hidden = []
                 self._take_back()
+        for place, name in self._gradient_arguments:
+            if (args[place] if place < len(args) else kwargs.get(name)) is not None:
+                raise AutoClipTypeError(
+                    f"{self._watch.name}.step() was given gradients as {name}=, and AutoClip clips those in the .grad "
+                    f"of the parameters, which this step would not use; put them there, and leave {name}= out."
+                )
         self._is_stepping, self._has_nested = True, False
         self._watch.see_step()
         at = args[1] if len(args) > 1 else None
@@ -266,6 +274,7 @@ class StepHooks:
 
         def closure_then_clip() -> Any:
             self._take_back()
+            self._watch.see_step()
             loss = closure()
             self._clip_gradients(optimizer)
             self._awaits_closure = False

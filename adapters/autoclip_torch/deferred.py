@@ -131,12 +131,13 @@ class Deferred:
         self._most = min(MOST_PENDING, window or MOST_PENDING)
         self._pending: deque[Pending] = deque()
 
-    def observe(self, norms: Tensor, percentile: float) -> DeviceStep:
+    def observe(self, norms: Tensor, percentile: float, measured: Tensor) -> DeviceStep:
         """Decide a step on the device.
 
         Args:
             norms: shape (groups,), float64. `NOT_SEEN` counts nowhere, and its scale is 1.
             percentile: from 0 to 100.
+            measured: the norms that the step tells, seen or not.
         """
         self.receive()
         if len(self._pending) == self._most:
@@ -145,7 +146,7 @@ class Deferred:
         count = len(self._pending) + 1
         tables = [arrays.deferred_table(clip, count, percentile, **self._limits) for clip in self._clips]
         # From nested lists torch takes ten times as long.
-        numbers = array("d", chain.from_iterable(chain.from_iterable(tables)))
+        numbers = array("d", list(chain.from_iterable(chain.from_iterable(tables))))
         shaped = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
         table = moved(shaped, self.device)
         remembered = arrays.norm_to_remember(_XP, norms, self._infinity)
@@ -154,7 +155,7 @@ class Deferred:
         pending = torch.stack(waiting, -1) if count > 1 else remembered.unsqueeze(-1)  # which copies nothing
         threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._limits["warmup"])
         scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
-        return DeviceStep(norms, threshold, scale, recorded[:, -1])
+        return DeviceStep(measured, threshold, scale, recorded[:, -1])
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""

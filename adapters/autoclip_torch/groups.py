@@ -95,8 +95,7 @@ class Groups:
 
     def refresh(self) -> bool:
         """Read the optimizer's parameters again; return whether they have changed."""
-        optimizer = self.optimizer
-        if optimizer is None:
+        if self._source is None or (optimizer := self.optimizer) is None:
             return False
         groups = optimizer.param_groups
         params = [group["params"] for group in groups]

@@ -12,9 +12,8 @@ What shaped this module, and must stay true:
 
 from __future__ import annotations
 
-import ctypes
 from array import array
-from functools import cache
+from functools import cache, partial
 from math import hypot
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from autoclip_core import BackendError, kernel_library
+from autoclip_core import BackendError, kernel_functions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _WIDTHS = {torch.float32: 4, torch.float64: 8}
 
@@ -45,7 +44,7 @@ def is_watched() -> bool:
 
 def is_usable() -> bool:
     """Return whether there is a kernel, and nothing watches over what is done to tensors."""
-    return _library() is not None and not is_watched()
+    return _functions() is not None and not is_watched()
 
 
 def takes(tensor: Tensor) -> bool:
@@ -79,14 +78,14 @@ class Layout:
     def measure(self, tensors: Sequence[Tensor]) -> Memory | None:
         """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
         try:
-            addresses = array("Q", map(Tensor.data_ptr, tensors))
+            addresses = array("Q", list(map(Tensor.data_ptr, tensors)))  # of an iterator array takes longer
         except RuntimeError:  # a wrapper that hides from whoever asks
             return None
         norms = self._no_norms[:]
         arguments = addresses.buffer_info()[0], *self._arguments
-        if not _library().autoclip_tensors_measure(*arguments, norms.buffer_info()[0]):
+        if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
             return None
-        return Memory(norms.tolist(), arguments, (self, addresses))
+        return _memory((norms.tolist(), arguments, (self, addresses)))
 
 
 class Memory(NamedTuple):
@@ -96,19 +95,18 @@ class Memory(NamedTuple):
     arguments: tuple[int, ...]
     owners: Any  # of what the arguments point to
 
-    def scale_(self, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
-        """Multiply the tensors whose memory this is, each by its factor."""
-        changed = tensors
-        if 1.0 in factors:
-            changed = [tensor for tensor, factor in zip(tensors, factors, strict=True) if factor != 1.0]
+    def scale_(self, factors: array[float], changed: Sequence[Tensor]) -> None:
+        """Multiply each tensor by its factor; those that are changed by it are given for torch to know."""
         increment_version(changed)
-        numbers = array("d", factors)
-        _library().autoclip_tensors_scale(*self.arguments, numbers.buffer_info()[0])
+        _functions().tensors_scale(*self.arguments, factors.buffer_info()[0])
 
     def fingerprint(self) -> int:
         """Return a number that tells where the tensors are, and their first elements, from others."""
-        found: int = _library().autoclip_tensors_fingerprint(*self.arguments)
+        found: int = _functions().tensors_fingerprint(*self.arguments)
         return found
+
+
+_memory: Callable[[tuple[Any, ...]], Memory] = partial(tuple.__new__, Memory)  # in half the time of Memory()
 
 
 def joint_norm(norms: Sequence[float]) -> float:
@@ -117,20 +115,11 @@ def joint_norm(norms: Sequence[float]) -> float:
 
 
 @cache
-def _library() -> Any:
+def _functions() -> Any:
     try:
-        library = ctypes.CDLL(kernel_library())
-    except (BackendError, OSError):
+        return kernel_functions()
+    except BackendError:
         return None
-    for function, result in (
-        (library.autoclip_tensors_measure, ctypes.c_int),
-        (library.autoclip_tensors_scale, None),
-        (library.autoclip_tensors_fingerprint, ctypes.c_uint64),
-    ):
-        numbers = [] if result is ctypes.c_uint64 else [ctypes.c_void_p]
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *numbers]
-        function.restype = result
-    return library
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -127,6 +127,12 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def gradient_arguments(optimizer: Optimizer) -> list[tuple[int, str]]:
+    """Return the arguments of a step, by place and name, in which gradients come that nobody can see beforehand."""
+    names = list(inspect.signature(type(optimizer).step).parameters)
+    return [(at, name) for at, name in enumerate(names) if name in {"grads", "grad", "gradients"}]
+
+
 def lacks_momentum(optimizer: Optimizer) -> bool:
     """Return whether a fused SGD must not leave this step out: torch allocates its momentum first, without values."""
     return isinstance(optimizer, torch.optim.SGD) and any(

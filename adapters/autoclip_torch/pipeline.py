@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Mode = Literal["auto", "immediate", "deferred"]
 
 _SHARE_OVER = 100  # steps
-_is_trained, _clipped = attrgetter("requires_grad"), attrgetter("clipped")
+_is_trained = attrgetter("requires_grad")
 _DEFERRED_BY_ITSELF = {"cuda", "xpu"}
 
 
@@ -68,6 +68,8 @@ class Pipeline:
         "it belongs between loss.backward() and zero_grad(), on the parameters that are trained (where the tensors of "
         "a module have been replaced, a new AutoClip)"
     )
+
+    _is_on_host: bool  # whether all gradients of the latest layout are
 
     def __init__(
         self,
@@ -199,7 +201,9 @@ class Pipeline:
         if gradients.layout is not self._layout:
             self._layout = gradients.layout if gradients.plain else None
             self._is_deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients))
-        if is_capturing(gradients.device):  # before anything is asked of the device: that would spoil the capture
+            self._is_on_host = gradients.layout.devices == {torch.device("cpu")}
+        # Before anything is asked of the device: that would spoil the capture.
+        if not self._is_on_host and is_capturing(gradients.device):
             raise AutoClipError(
                 "AutoClip was called while a graph is captured, but the norms of its replays would not be remembered; "
                 "capture the forward and backward pass only, and step after each replay."
@@ -262,7 +266,7 @@ class Pipeline:
             return {}
         if self._deferred is not None:
             self._deferred.receive(wait=True)  # all norms are known: a model may have left its device
-        found = _found(_numbers(norms))
+        found = _found(norms if isinstance(norms, list) else norms.tolist())
         if self.repeats.has(gradients, found):
             clips = self._ordered
             return {index: ClipStep(norm, clips[index].threshold, 1.0, False, False) for index, norm in found.items()}
@@ -276,7 +280,8 @@ class Pipeline:
         """
         if self._agreement is not None and self._agreement.is_due():
             thresholds = [clip.threshold for clip in self.clips.values()]
-            self._agreement.check(_numbers(norms), thresholds, as_tensor(norms).device)
+            norms = as_tensor(norms)
+            self._agreement.check(norms.tolist(), thresholds, norms.device)
 
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
@@ -328,7 +333,7 @@ class Pipeline:
             norms = torch.where(is_repeat, NOT_SEEN, norms)
         if found_inf is not None:
             norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
-        return self._deferred.observe(norms, self._percentile)._replace(norm=measured)
+        return self._deferred.observe(norms, self._percentile, measured)
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had.
@@ -351,25 +356,22 @@ class Pipeline:
         joint = hypot(*norms.values())
         # A non-finite norm first: where it is an error, nothing else has been recorded yet.
         order = norms if isfinite(joint) else sorted(norms, key=lambda index: isfinite(norms[index]))
-        steps = {}
+        steps, clipped = {}, 0
         for index in order:
             try:
-                steps[index] = self._ordered[index].observe(norms[index])
+                steps[index] = step = self._ordered[index].observe(norms[index])
+                clipped += step.clipped
             except NonFiniteNormError as error:
                 if self.groups.scope != "global":
                     error.add_note(f"It is the norm of the group {self._names[index]!r}.")
                 raise
         if steps:
             self._latest = self._names, steps
-            self.clipped_shares.append(sum(map(_clipped, steps.values())) / len(steps))
+            self.clipped_shares.append(clipped / len(steps))
             if self._plateau is not None and 0.0 < joint < inf and (odd := self._plateau.see(joint)) is not None:
                 self._plateau = None  # another clipper has had the gradients before
                 warnings.warn(odd, RuntimeWarning, stacklevel=4)
         return steps
-
-
-def _numbers(norms: Tensor | list[float]) -> list[float]:
-    return norms if isinstance(norms, list) else norms.tolist()
 
 
 def _found(norms: list[float]) -> dict[int, float]:

@@ -67,11 +67,13 @@ class Repeats:
             return
         self.forget()
         first = gradients.first
-        if first is None and not gradients.is_shared:
-            return  # where nobody has a gradient there is nothing to be left
-        self._mark = None if first is None else next(_marks)
         if first is not None:
+            self._mark = next(_marks)
             setattr(first, _MARK, self._mark)
+        elif gradients.is_shared:
+            self._mark = None
+        else:
+            return  # where nobody has a gradient there is nothing to be left
         self._version = version(first)
         self._is_exact = exactly
         if isinstance(steps, DeviceStep):
@@ -99,12 +101,13 @@ class Repeats:
         """Return whether the gradients, which have these norms, are those that were left."""
         left = self._left
         self._same = False
-        if not isinstance(left, dict) or norms.keys() != left.keys():
+        if not isinstance(left, dict) or len(norms) != len(left):
             return False
         rounding = gradients.layout.rounding
         unscaled = 0.0 if self._is_exact else rounding
         for index, norm in norms.items():  # first, for it tells nearly all that are new
-            step = left[index]
+            if (step := left.get(index)) is None:
+                return False
             known = step.norm * step.scale
             if isfinite(norm):
                 if not abs(norm - known) <= (unscaled if step.scale == 1.0 else rounding) * norm:

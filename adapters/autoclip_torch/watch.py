@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, ref
+from weakref import WeakMethod, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from autoclip_torch.groups import name_of
 from autoclip_torch.optimizers import params_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
@@ -25,7 +28,8 @@ _every: WeakSet[Watch] = WeakSet()
 class Watch:
     """Counts the steps of one optimizer, and warns if it makes updates without them.
 
-    Who logs is warned then. Who does not is warned during a backward pass, as long as no step at all was seen.
+    Who logs is warned then. Who does not is warned during a backward pass: some come between two steps where gradients
+    are accumulated, so only many more than there ever were look for changes.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -36,18 +40,19 @@ class Watch:
         self._looked_after = 0  # steps
         self._unseen = self._idle = 0  # looks, with updates and with nothing new since the one before
         self._warned: set[str] = set()
-        self._passes = 0  # backward passes before the first step
+        self._passes = self._most_passes = 0  # backward passes since the latest step, and of all steps the most
+        self._next_look = 2  # after so many passes
         every = [param for group in optimizer.param_groups for param in group["params"]]
         trained = [param for param in every if param.requires_grad and param.is_leaf and not is_lazy(param)]
         # One parameter is enough, and the last one is seldom left out.
-        self._handles = [param.register_post_accumulate_grad_hook(self._after_backward) for param in trained[-1:]]
+        self._handles = [_hook(param, WeakMethod(self._after_backward)) for param in trained[-1:]]
         _every.add(self)
 
     def see_step(self) -> None:
-        """Count a step."""
+        """Count a step, or an evaluation of its closure: what changes from here to the next one is its update."""
         self.steps += 1
-        if self._handles:
-            self.end()
+        self._most_passes = max(self._most_passes, self._passes)
+        self._passes, self._next_look = 0, 4 * self._most_passes or 4
 
     def end(self) -> None:
         """Look no more by itself."""
@@ -68,8 +73,10 @@ class Watch:
             at_start: look only if there never was a step, and do not expect one at every look.
             stacklevel: of the warning, for the line of the user.
         """
-        if at_start and self.steps:
-            return
+        if not (at_start and self.steps):
+            self._look(expects_steps=not at_start, stacklevel=stacklevel + 1)
+
+    def _look(self, *, expects_steps: bool, stacklevel: int) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             self.warn(
@@ -80,13 +87,14 @@ class Watch:
             return
         if self.steps != self._looked_after:
             self._looked_after, self._before, self._unseen, self._idle = self.steps, None, 0, 0
-            return
+            if expects_steps:  # at every look, so most of them find one
+                return
         before, now = self._before, (*self._what_is_there(optimizer), self._steps_of_others(optimizer))
         self._before = now
         if before is None:
             return
         self._unseen += before[:2] != now[:2] and before[-1] == now[-1]
-        self._idle += before == now and not at_start
+        self._idle += before == now and expects_steps
         if self._unseen == _LATE:
             self.warn(
                 f"The parameters of the {self.name} change, and AutoClip sees no step of it: nothing is clipped. Who "
@@ -101,12 +109,12 @@ class Watch:
             )
 
     def _after_backward(self, param: Tensor) -> None:
-        """Look after 2, 4, 8 ... backward passes: reading values costs, and gradients may be accumulated."""
+        """Look after twice as many backward passes each time: reading values costs."""
         self._passes += 1
-        if torch.compiler.is_compiling() or self._passes < 2 or self._passes & (self._passes - 1):
+        if self._passes < self._next_look or is_capturing(param.device):
             return
-        if self._optimizer() is not None and not is_capturing(param.device):
-            self.look(at_start=True, stacklevel=7)
+        self._next_look = 2 * self._passes
+        self._look(expects_steps=False, stacklevel=8)
 
     def _steps_of_others(self, optimizer: Optimizer) -> int:
         """Return how many steps were seen of other optimizers of these parameters: updates between them are theirs."""
@@ -132,3 +140,19 @@ class Watch:
             values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
         grad = next((param.grad for param in params if param.grad is not None), None)
         return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
+
+
+def _hook(param: Tensor, after_backward: WeakMethod[Callable[[Tensor], None]]) -> RemovableHandle:
+    """Have a method called after each backward pass of a parameter, as long as its object is there."""
+
+    def call(param: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        method = after_backward()
+        if method is not None:
+            method(param)
+        else:
+            handle.remove()
+
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+    return handle

@@ -681,6 +681,14 @@ def test_operations_of_keras_do_without_the_kernel(monkeypatch):
         fit(make_model(make_optimizer(history=NormHistory())))
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="which has an op")
+def test_kernel_that_cannot_be_opened_is_done_without(monkeypatch, tmp_path):
+    from autoclip_tensorflow import dense
+
+    monkeypatch.setattr(dense, "kernel_library", lambda: str(tmp_path / "absent.so"))
+    assert dense._library.__wrapped__() is None
+
+
 def test_operations_do_where_the_kernel_is_not_compiled(run_python, other_backend):
     code = """
 import os, warnings
@@ -776,6 +784,20 @@ def test_bad_inner_optimizers_are_refused(inner, error, message):
         AutoClipOptimizer(inner())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("clipnorm", 1.0), ("gradient_accumulation_steps", 2), ("loss_scale_factor", 2.0)]
+)
+def test_options_that_the_inner_optimizer_is_given_later_are_refused(option, value):
+    optimizer, variable = make_optimizer(), keras.Variable([1.0, 2.0])
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    before = keras.ops.convert_to_numpy(variable)
+    setattr(optimizer.inner_optimizer, option, value)
+    with pytest.raises(AutoClipValueError, match=r"inner|unscaled"):
+        optimizer.apply([keras.ops.ones(2)], [variable])
+    assert numbers(optimizer)["steps"] == 1
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), before)
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_accumulation_is_for_one_replica(monkeypatch, replicas):
     monkeypatch.setattr("autoclip_tensorflow.optimizer.count_replicas", lambda: replicas)
@@ -786,6 +808,7 @@ def test_accumulation_is_for_one_replica(monkeypatch, replicas):
 
 
 def test_accumulation_over_less_than_two_batches_is_refused():
+    AutoClipOptimizer(keras.optimizers.SGD(), gradient_accumulation_steps=np.int64(2))
     for steps in (1, 0, -2, 2.5, 2**31):
         with pytest.raises(AutoClipValueError, match=f"at least 2, or None, but {steps} was given"):
             AutoClipOptimizer(keras.optimizers.SGD(), gradient_accumulation_steps=steps)
@@ -894,6 +917,16 @@ def test_half_gradients_are_scaled_with_all_digits_of_the_scale(dtype):
     assert (clipped != rough).any()
 
 
+@pytest.mark.parametrize("accumulate", [None, 2])
+@pytest.mark.skipif(BACKEND == "jax", reason="it has no float64 unless told so")
+def test_wide_gradients_keep_their_digits(accumulate):
+    variable = keras.Variable([0.0], dtype="float64")
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), 100.0, gradient_accumulation_steps=accumulate)
+    for _ in range(accumulate or 1):
+        optimizer.apply([ops.full((1,), 1.0 + 1e-12, "float64")], [variable])
+    assert ops.convert_to_numpy(variable) == -(1.0 + 1e-12)
+
+
 def test_half_precision_norm_beyond_its_range_is_finite():
     variable = keras.Variable([0.0] * 100, dtype="float16")
     optimizer = AutoClipOptimizer(keras.optimizers.SGD(0.0))
@@ -917,6 +950,24 @@ def test_accumulated_gradients_find_their_variables_in_any_order():
     for sizes, order in (((1.0, 10.0), variables), ((30.0, 3.0), [second, first])):
         optimizer.apply([ops.full((1,), size) for size in sizes], order)
     assert [ops.convert_to_numpy(variable).item() for variable in variables] == [-2.0, -20.0]
+
+
+def test_batch_that_is_not_finite_drops_its_step_and_no_other():
+    variable = keras.Variable([0.0])
+    optimizer = AutoClipOptimizer(keras.optimizers.SGD(1.0), 100.0, gradient_accumulation_steps=2)
+    for size in (np.nan, 1.0, 2.0, 4.0):
+        optimizer.apply([ops.full((1,), size)], [variable])
+    assert ops.convert_to_numpy(variable) == -3.0
+    assert (numbers(optimizer)["steps"], numbers(optimizer)["nonfinite_steps"]) == (2, 1)
+
+
+@not_on_jax
+def test_history_has_one_norm_for_all_batches_of_a_step():
+    history, variable = NormHistory(), keras.Variable([0.0])
+    step = step_of(make_optimizer(history=history, gradient_accumulation_steps=2), variable)
+    for size in (1.0, 3.0, 4.0, 6.0, 9.0):
+        step(ops.full((1,), size))
+    assert history.values().tolist() == [2.0, 5.0]
 
 
 def test_accumulated_gradients_need_no_variables_named():

@@ -219,7 +219,7 @@ def test_step_scales_every_gradient_by_one_factor():
 @pytest.mark.parametrize("is_built", [True, False])
 def test_step_waits_for_the_device_once(is_built, monkeypatch):
     if not is_built:
-        monkeypatch.setattr(kernel, "_library", lambda: None)
+        monkeypatch.setattr(kernel, "_functions", lambda: None)
     model = make_model()
     clip = AutoClip(model)
     reads = []
@@ -412,6 +412,23 @@ def test_gradients_that_carry_a_graph_are_scaled(mode):
     assert param.grad.tolist() == pytest.approx([3.0, 4.0])
     # A half of (x^2)' is clipped away, and so of (x^2)'': in the graph the scale is a constant.
     assert torch.autograd.grad(param.grad.sum(), param)[0].tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_gradient_that_carries_a_graph_is_scaled_beside_others(at, mode):
+    params = [nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(3)]
+    clip = AutoClip(params, 0.0, mode=mode)
+    for factor in (0.5, 1.0):
+        for param in params:
+            param.grad = torch.zeros(2)
+        param = params[at]
+        (param.grad,) = torch.autograd.grad(factor * param.square().sum(), param, create_graph=True)
+        clip.step()
+    assert torch.autograd.grad(param.grad.sum(), param)[0].tolist() == pytest.approx([1.0, 1.0])
+    params[at].grad = torch.tensor([6.0, 8.0], requires_grad=True)
+    clip.step()
+    assert params[at].grad.tolist() == pytest.approx([3.0, 4.0])
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -14,8 +14,6 @@ from autoclip_torch import AutoClip, kernel
 from autoclip_torch.gradients import Gradients
 from torch import Tensor, nn
 
-import autoclip_core
-
 FLOATS = [torch.float32, torch.float64]
 
 
@@ -35,9 +33,9 @@ def calls(monkeypatch):
 
 
 def counted(made, method):
-    def call(self, tensors, *args):
-        made.append((method.__name__, len(tensors)))
-        return method(self, tensors, *args)
+    def call(self, given, *args):
+        made.append((method.__name__, len(given)))
+        return method(self, given, *args)
 
     return call
 
@@ -441,7 +439,7 @@ def test_gradient_with_other_memory_than_a_step_before_is_measured_anew():
 
 
 def test_without_the_kernel_torch_does_the_work(monkeypatch, calls):
-    monkeypatch.setattr(kernel, "_library", lambda: None)
+    monkeypatch.setattr(kernel, "_functions", lambda: None)
     grads = grads_of(4, 30)
     before = [grad.clone() for grad in grads]
     clip = AutoClip(params_of(grads), 50.0)
@@ -450,7 +448,3 @@ def test_without_the_kernel_torch_does_the_work(monkeypatch, calls):
     assert step.norm == pytest.approx(norm_of(before), rel=1e-6)
     assert all(torch.equal(grad, was * torch.tensor(step.scale)) for grad, was in zip(grads, before, strict=True))
     assert calls == []
-
-
-def test_library_is_that_of_the_core():
-    assert kernel._library()._name == autoclip_core.kernel_library()

@@ -368,6 +368,29 @@ def test_closure_that_is_not_called_is_said_once(given):
     assert clip.steps == 1
 
 
+class TakesGradients(Descent):
+    def step(self, closure=None, grads=None):
+        for param, grad in zip(self.param_groups[0]["params"], grads or [], strict=grads is not None):
+            param.grad = grad
+        return super().step(closure)
+
+
+def test_gradients_given_to_a_step_are_refused():
+    model = make_model()
+    optimizer = TakesGradients(model.parameters())
+    clip = attach(optimizer)
+    plain(model, optimizer, 0, lambda: None)
+    before = [param.detach().clone() for param in model.parameters()]
+    grads = [torch.ones_like(param) for param in model.parameters()]
+    for args, kwargs in (((None, grads), {}), ((), {"grads": grads})):
+        with pytest.raises(AutoClipTypeError, match=r"TakesGradients\.step\(\) was given gradients as grads=.* \.grad"):
+            optimizer.step(*args, **kwargs)
+    for param, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param, value)
+    plain(model, optimizer, 1, lambda: None)
+    assert clip.steps == 2
+
+
 # What is refused
 
 
@@ -643,17 +666,82 @@ def test_updates_that_are_not_seen_are_said_without_a_log():
     train_by_hand(model, 50)  # said once
 
 
-def test_nobody_watches_backward_after_the_first_step_or_detach():
+def accumulate(model, batches):
+    for number in range(batches):
+        model(torch.full((2, 4), float(number))).square().mean().backward()
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_updates_that_are_not_seen_any_more_are_said_without_a_log(parts):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    attach(optimizer).detach()
-    train_by_hand(model, 50)
     attach(optimizer)
-    for number in range(100):  # accumulating
-        model(torch.full((2, 4), float(number))).square().mean().backward()
-    optimizer.step()
+    for _ in range(10):
+        accumulate(model, parts)
+        optimizer.step()
+    train_by_hand(model, parts)  # a few alone may have a reason
+    train(model, optimizer, 1)
+    with pytest.warns(RuntimeWarning, match="SGD change, and AutoClip sees no step") as warned:
+        train_by_hand(model, 100 * parts)
+    assert warned[0].filename == __file__
+    train_by_hand(model, 1000)  # said once
+
+
+def test_clip_whose_optimizer_is_gone_says_so_without_a_log():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clip = attach(optimizer)
+    train(model, optimizer, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    with pytest.warns(RuntimeWarning, match="SGD to which this AutoClip was attached is gone"):
+        train(model, optimizer, 100)
+    train(model, optimizer, 100)
+    assert clip.steps == 10
+
+
+def test_nobody_watches_backward_for_a_clip_that_is_gone():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attach(optimizer)
+    train(model, optimizer, 10)
+    del optimizer
+    train_by_hand(model, 100)
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
-    train_by_hand(model, 50)
+
+
+def test_nobody_watches_backward_after_detach():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clip = attach(optimizer)
+    train(model, optimizer, 10)
+    clip.detach()
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+    train_by_hand(model, 100)
+
+
+def test_backward_passes_between_steps_are_no_cause_for_a_warning():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attach(optimizer)
+    for parts in (100, 1, 1, 30):
+        accumulate(model, parts)
+        optimizer.step()
+    accumulate(model, 1000)  # parameters stay as they are
+
+
+def test_evaluations_inside_a_step_are_no_cause_for_a_warning():
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=200, tolerance_change=0.0)
+    clip = attach(optimizer)
+
+    def evaluate():
+        optimizer.zero_grad()
+        accumulate(model, 10)
+        return torch.ones(())
+
+    for _ in range(2):
+        optimizer.step(evaluate)
+    assert clip.steps > 100
 
 
 def test_another_optimizer_with_an_autoclip_makes_the_first_updates():
@@ -672,8 +760,12 @@ def test_updates_after_those_of_another_optimizer_are_watched_as_well():
     second = torch.optim.SGD(model.parameters(), lr=0.01)
     clips = attach(first), attach(second)
     train(model, first, 20)
-    with pytest.warns(RuntimeWarning, match="SGD change, and AutoClip sees no step"):
+    with pytest.warns(RuntimeWarning, match="change, and AutoClip sees no step") as warned:
         train_by_hand(model, 300)
+    assert sorted(str(warning.message).split()[4] for warning in warned) == [
+        "torch.optim.adam.Adam",
+        "torch.optim.sgd.SGD",
+    ]
     assert [clip.steps for clip in clips] == [20, 0]
 
 

@@ -102,6 +102,20 @@ static void test_window_of_a_graph_is_that_of_the_model(void) {
     follow_model(1);
 }
 
+/* The last digit is 2^-77: it shows where the lowest norm is as good as 0 beside the next. */
+static void test_percentile_has_all_its_digits(void) {
+    const float low = 1e-30F;
+    const float high = 3e38F;
+    given own = {.norms = {low, high, low, high}, .recorded_steps = 2, .digits = {[DIGITS - 1] = 1}};
+    TF_OpKernelContext context;
+    require_op();
+    context_create(&context, &own, 2);
+    compute(&context);
+    REQUIRE(context.failure.code == OK, "%s", context.failure.message);
+    const double step = (double)high - (double)low;
+    REQUIRE_SAME((double)(float)((double)low + step * (0x1p-77 / 100)), (double)context.threshold[0]);
+}
+
 static void test_tree_of_a_graph_is_that_of_the_model(void) {
     tree_program twin;
     given own = {.norms = {INFINITY}};
@@ -190,5 +204,6 @@ static void test_failures_of_tensorflow_are_passed_on(void) {
 }
 
 TEST_MAIN(TEST(test_op_is_registered_once_and_whole), TEST(test_shapes_are_those_of_the_inputs),
-          TEST(test_window_of_a_graph_is_that_of_the_model), TEST(test_tree_of_a_graph_is_that_of_the_model),
-          TEST(test_bad_calls_are_refused), TEST(test_failures_of_tensorflow_are_passed_on));
+          TEST(test_window_of_a_graph_is_that_of_the_model), TEST(test_percentile_has_all_its_digits),
+          TEST(test_tree_of_a_graph_is_that_of_the_model), TEST(test_bad_calls_are_refused),
+          TEST(test_failures_of_tensorflow_are_passed_on));

@@ -5,12 +5,21 @@ import re
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
 
 import autoclip_core
-from autoclip_core import AutoClip, AutoClipError, BackendError, NormHistory, kernel_error, kernel_library
+from autoclip_core import (
+    AutoClip,
+    AutoClipError,
+    BackendError,
+    NormHistory,
+    kernel_error,
+    kernel_functions,
+    kernel_library,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -99,7 +108,14 @@ def test_history_has_an_id_of_its_own_for_c(backend, other_backend):
 def test_backends_without_c_say_so(backend):
     if backend == "native":
         assert Path(kernel_library()).is_file()
+        numbers, sizes, norms = array("d", [3.0, 4.0]), array("Q", [2]), array("d", [0.0])
+        addresses = array("Q", [numbers.buffer_info()[0]])
+        places = [memory.buffer_info()[0] for memory in (addresses, sizes, norms)]
+        assert kernel_functions().tensors_measure(*places[:2], 1, 8, places[2]) == 1
+        assert norms[0] == 5.0
     else:
+        with pytest.raises(BackendError, match="only the native one"):
+            kernel_functions()
         with pytest.raises(BackendError, match="only the native one"):
             kernel_library()
         with pytest.raises(BackendError, match=r'NormHistory\(backend="native"\)'):

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from inspect import getdoc
 from pathlib import Path
 
 PROGRAMS = Path(__file__).resolve().parent
@@ -247,7 +248,7 @@ def report(record):
     for name, part in PARTS.items():
         if name in record:
             kept = record[name]
-            page.append(f"## {name.capitalize()}\n\n{part.__doc__}")
+            page.append(f"## {name.capitalize()}\n\n{getdoc(part)}")
             page.append(table(["counted", "how much"], kept["figures"]))
             page.append(f"{kept['date']}, commit {kept['machine']['commit']}, {kept['minutes']} min.")
     page.append(facts_table({fact: value for fact, value in kept["machine"].items() if fact != "commit"}))
@@ -268,7 +269,7 @@ def main():
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     path = RESULTS / "soak/soak.json"
     for name in options.parts or PARTS:
-        say(f"{name}: {PARTS[name].__doc__}")
+        say(f"{name}: {getdoc(PARTS[name])}")
         facts, began = machine_facts(), time.monotonic()
         figures = PARTS[name](options)
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

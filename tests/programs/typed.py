@@ -50,6 +50,7 @@ def histories() -> None:
     history.clear()
     autoclip_core.check_full_history(history, None)
     assert_type(autoclip_core.kernel_library(), str)
+    assert_type(autoclip_core.kernel_functions(), Any)
     assert_type(autoclip_core.kernel_error(1), Exception)
 
 
