@@ -327,10 +327,6 @@ def test_own_verdict_counts_beside_a_gradscalers(monkeypatch):
     assert (param.item(), clip.nonfinite_steps) == (0.0, 1)
 
 
-def test_device_that_captures_no_graphs_is_not_asked():
-    assert not gradients.is_capturing(torch.device("meta"))
-
-
 def test_optimizer_inside_of_two_wrappers_is_found():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
