@@ -117,13 +117,15 @@ def fuzz(options):
     """
     kept = RESULTS / "soak/fuzzing.json"
     totals = json.loads(kept.read_text(encoding="utf-8"))
-    for preset, sanitizers in (("fuzz-fast", UBSAN), ("fuzz", ASAN)):
-        build(preset)
+    presets = (("fuzz-fast", UBSAN), ("fuzz", ASAN))
+    for preset, _ in presets:
+        build(preset)  # both begin with the corpus of the second
+    for (preset, sanitizers), seconds in zip(presets, options.fuzz_seconds, strict=True):
         folder = ROOT / "build" / preset / "tests"
         logs = {name: folder / f"{name}.log" for name in options.fuzzers}
         processes = {}
         for name, log in logs.items():
-            limits = (f"-max_len={INPUTS[name][1]}", f"-max_total_time={options.fuzz_seconds}", "-print_final_stats=1")
+            limits = (f"-max_len={INPUTS[name][1]}", f"-max_total_time={seconds}", "-print_final_stats=1")
             found = ROOT / "build/fuzz/tests/corpus" / name
             corpora = (found, ROOT / "tests/c/corpus/failed")
             command = [f"./fuzz_{name}", *limits, f"-artifact_prefix=failed-{name}-", *corpora]
@@ -258,7 +260,8 @@ def report(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--fuzz-seconds", type=int, default=3600, help="of each fuzzer, twice (default: %(default)s)")
+    seconds = {"type": int, "nargs": 2, "metavar": ("UBSAN", "ASAN"), "default": [3600, 3600]}
+    parser.add_argument("--fuzz-seconds", **seconds, help="of each fuzzer, under either (default: an hour each)")
     parser.add_argument("--fuzzers", nargs="+", choices=INPUTS, default=[*INPUTS], help="(default: all)")
     parser.add_argument("--mutants", type=int, default=220, help="how many to draw (default: %(default)s)")
     parser.add_argument("--adapter-mutants", type=int, default=150, help="how many to draw (default: %(default)s)")
