@@ -609,8 +609,9 @@ def test_committed_page_is_what_its_cells_and_settings_give(folder):
     assert page == (results / "separation.md").read_text("utf-8")
 
 
-def test_committed_curves_are_what_their_points_give():
-    results = ROOT / "bench/results/separation_curves"
+@pytest.mark.parametrize("folder", ["separation_curves", "separation_curves_long"])
+def test_committed_curves_are_what_their_points_give(folder):
+    results = ROOT / "bench/results" / folder
     begun = json.loads((results / "separation_curves.json").read_text("utf-8"))
     points = table.read_rows(curves.Point, results / "separation_curves.csv")
     page = curves.report(points, 32 * 625, Settings(**begun["settings"]), begun["machine"])
