@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from math import hypot, inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,13 +143,17 @@ def make_torch(count: int, size: int, place: Place = HERE) -> Subject:
     return subject
 
 
-def least_step(subject: Subject, history: int) -> Callable[[], None]:
-    functions = autoclip_core.kernel_functions()
-    measure, scale, fingerprint = functions.tensors_measure, functions.tensors_scale, functions.tensors_fingerprint
+def parts_of_a_least_step(subject: Subject, history: int) -> tuple[autoclip_core.AutoClip, Any, Any, "array[int]"]:
+    """What both least steps are made of: the rule, a check of the gradients, the kernel, sizes."""
     clip = autoclip_core.AutoClip()
     clip.history.extend(subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history))
     guards = torch._C._dynamo.guards.TensorGuards(*subject.grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    sizes = array("Q", [grad.numel() for grad in subject.grads])
+    return clip, guards, autoclip_core.kernel_functions(), array("Q", [grad.numel() for grad in subject.grads])
+
+
+def least_step(subject: Subject, history: int) -> Callable[[], None]:
+    clip, guards, functions, sizes = parts_of_a_least_step(subject, history)
+    measure, scale, fingerprint = functions.tensors_measure, functions.tensors_scale, functions.tensors_fingerprint
     known = {}
 
     def step() -> None:
@@ -172,11 +176,7 @@ def least_step(subject: Subject, history: int) -> Callable[[], None]:
 
 def least_deferred_step(subject: Subject, history: int) -> Callable[[], None]:
     """The same for a norm that is on its way to the host while the step is made."""
-    rule = autoclip_core.AutoClip()
-    rule.history.extend(subject.norm * np.random.default_rng(1).lognormal(sigma=SIGMA, size=history))
-    guards = torch._C._dynamo.guards.TensorGuards(*subject.grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    functions = autoclip_core.kernel_functions()
-    sizes = array("Q", [grad.numel() for grad in subject.grads])
+    rule, guards, functions, sizes = parts_of_a_least_step(subject, history)
     infinity = torch.tensor(inf, dtype=torch.float64)
     pending: list[Tensor] = []
     known = {}
