@@ -14,7 +14,6 @@ import lzma
 import warnings
 import zlib
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -120,9 +119,10 @@ def _seekable(file: BinaryIO, stream: BinaryIO, head: bytes) -> BinaryIO:
 
 def _read_folder(folder: Path, found: Found) -> None:
     paths = sorted(path for path in folder.glob("*tfevents*") if path.is_file())
+    logs = ("*tfevents*", "metrics.csv", "trainer_state.json")
+    others = (path for name in logs for path in folder.rglob(name) if path not in paths)
     if not paths:
-        runs = (folder.rglob(name) for name in ("*tfevents*", "metrics.csv", "trainer_state.json"))
-        other = next(chain.from_iterable(runs), None)
+        other = next(others, None)
         raise AutoClipValueError(
             f"{folder} is a folder without TensorBoard events" + (f"; did you mean {other}?" if other else ".")
         )
@@ -132,7 +132,12 @@ def _read_folder(folder: Path, found: Found) -> None:
             with path.open("rb") as file, _unpacked(file, str(path), found) as (stream, _):
                 yield str(path), stream
 
-    events.read(files(), found)
+    try:
+        events.read(files(), found)
+    except AutoClipValueError as error:
+        if found.named or (other := next(others, None)) is None:
+            raise
+        raise AutoClipValueError(f"{error} Did you mean {other}?") from None
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def read_parquet(file: BinaryIO, found: Found) -> None:
 def _read_by_pyarrow(file: BinaryIO, found: Found) -> None:
     from pyarrow import Table, parquet
 
-    content = parquet.ParquetFile(file)
+    content = parquet.ParquetFile(file, page_checksum_verification=True)  # where there are any
     for at in range(len(content.schema)):
         found.under(content.schema.column(at).path)
     for name, series in found.chosen().items():
@@ -130,7 +130,8 @@ def _read_by_pyarrow(file: BinaryIO, found: Found) -> None:
                 table = table.flatten()
             if str(table.schema.types[0]) == "bool":
                 raise AutoClipValueError(f"{name!r} in {found.source} is true or false, not a norm.")
-            series.norms.frombytes(table.column(0).drop_null().cast("float64").to_numpy().tobytes())
+            norms = table.column(0).drop_null().cast("float64", safe=False)  # a large integer is rounded
+            series.norms.frombytes(norms.to_numpy().tobytes())
 
 
 def _read_by_pandas(file: BinaryIO, found: Found) -> None:

@@ -436,6 +436,18 @@ def test_folder_without_events_names_what_it_holds(tmp_path):
         read_norms(tmp_path)
 
 
+def test_folder_whose_numbers_are_further_down_names_them(tmp_path, events):
+    # SummaryWriter.add_scalars makes a folder for each number, beside a file that holds none.
+    (tmp_path / "norms_generator").mkdir()
+    (tmp_path / "norms_generator/events.out.tfevents.2").write_bytes(events([0], [1.5]))
+    (tmp_path / "events.out.tfevents.1").write_bytes(events([], []))
+    with pytest.raises(AutoClipValueError, match=r"no named numbers\. Did you mean .*norms_generator"):
+        read_norms(tmp_path)
+    (tmp_path / "norms_generator/events.out.tfevents.2").unlink()
+    with pytest.raises(AutoClipValueError, match=r"no named numbers\.$"):
+        read_norms(tmp_path)
+
+
 def test_parquet_is_read_by_pyarrow(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -447,6 +459,23 @@ def test_parquet_is_read_by_pyarrow(tmp_path):
     (tmp_path / "log").write_bytes((tmp_path / "log").read_bytes()[:-9])
     with pytest.raises(AutoClipValueError, match="parquet that cannot be read"):
         read_norms(tmp_path / "log")
+
+
+def test_parquet_rounds_large_integers_and_compares_checksums(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "log"
+    parquet.write_table(pyarrow.table({"grad_norm": [2**62 + 1, 1]}), path)
+    assert read_norms(path)[0].tolist() == [2.0**62, 1.0]
+    norms = np.random.default_rng(0).lognormal(size=100)
+    options = {"compression": "none", "use_dictionary": False}
+    parquet.write_table(pyarrow.table({"grad_norm": norms}), path, write_page_checksum=True, **options)
+    assert_same_bits(read_norms(path)[0], norms)
+    at = path.read_bytes().index(norms[50].tobytes())
+    path.write_bytes(path.read_bytes()[:at] + b"\0" + path.read_bytes()[at + 1 :])
+    with pytest.raises(AutoClipValueError, match="parquet that cannot be read"):
+        read_norms(path)
 
 
 def test_parquet_without_a_reader_is_refused_with_the_remedy(tmp_path, monkeypatch):
