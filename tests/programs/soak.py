@@ -30,7 +30,7 @@ from bench.common import facts_table, machine_facts, replace, say, table  # noqa
 
 OPENING = """\
 What `make soak` counted when each part ran last; `make test` runs the same in short. How a promise is tested, and by
-what command, is in [tests/RELIABILITY.md](../../../tests/RELIABILITY.md). None of these runs found a fault."""
+what command, is in [tests/RELIABILITY.md](../../../tests/RELIABILITY.md). None of the latest runs found a fault."""
 
 
 class FaultError(Exception):
