@@ -1,4 +1,4 @@
-"""Thresholds that the host need not wait for (the mathematics is in autoclip_core.arrays).
+"""Thresholds that the host need not wait for (decision.py finds them on the device).
 
 The norms of a step are copied to the host while the device goes on, and enter the histories a step or so later. Until
 then the device keeps them, and finds the threshold of the next step from them and from the few old norms around it.
@@ -10,47 +10,20 @@ from array import array
 from collections import deque
 from itertools import chain
 from math import inf
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, arrays
-from autoclip_torch.gradients import has_float64, moved
+from autoclip_torch.decision import Decisions
+from autoclip_torch.gradients import has_float64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Each one pending widens the stretch of the history that is sent. More than a few only pile up if nobody would wait.
 MOST_PENDING = 4
-
-
-def _sort(values: Tensor, dim: int) -> Tensor:
-    # Not torch.sort: of so few numbers it takes five launches, three of them copies, where this takes two.
-    return torch.topk(values, values.shape[dim], dim, largest=False)[0]
-
-
-def _take_along_axis(values: Tensor, indices: Tensor, dim: int) -> Tensor:
-    # Not torch.take_along_dim, which first takes the remainder of each index.
-    shape = [*values.shape]
-    shape[dim] = indices.shape[dim]
-    return values.gather(dim, indices.expand(shape))
-
-
-# Torch under the names of the array API.
-_XP = SimpleNamespace(
-    clip=torch.clip,
-    concat=torch.cat,
-    fmax=torch.fmax,
-    fmin=torch.fmin,
-    int64=torch.int64,
-    nan_to_num=torch.nan_to_num,
-    sort=_sort,
-    sum=torch.sum,
-    take_along_axis=_take_along_axis,
-    where=torch.where,
-)
 
 
 class DeviceStep(NamedTuple):
@@ -124,12 +97,11 @@ class Deferred:
         self.device = device
         cap = inf if options["max_threshold"] is None else options["max_threshold"]
         self._limits = {"warmup": options["warmup"], "max_threshold": cap}
-        self._nonfinite = options["nonfinite"]
         self._report = report
-        self._infinity = moved(torch.tensor(inf, dtype=torch.float64, device="cpu"), device)
         window = options["window"]
         self._most = min(MOST_PENDING, window or MOST_PENDING)
         self._pending: deque[Pending] = deque()
+        self._decisions = Decisions(device, warmup=options["warmup"], nonfinite=options["nonfinite"])
 
     def observe(self, norms: Tensor, percentile: float, measured: Tensor) -> DeviceStep:
         """Decide a step on the device.
@@ -147,15 +119,10 @@ class Deferred:
         tables = [arrays.deferred_table(clip, count, percentile, **self._limits) for clip in self._clips]
         # From nested lists torch takes ten times as long.
         numbers = array("d", list(chain.from_iterable(chain.from_iterable(tables))))
-        shaped = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
-        table = moved(shaped, self.device)
-        remembered = arrays.norm_to_remember(_XP, norms, self._infinity)
-        self._pending.append(Pending(norms, remembered, percentile))
-        waiting = [step.remembered for step in self._pending]
-        pending = torch.stack(waiting, -1) if count > 1 else remembered.unsqueeze(-1)  # which copies nothing
-        threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._limits["warmup"])
-        scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
-        return DeviceStep(measured, threshold, scale, recorded[:, -1])
+        table = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
+        self._pending.append(Pending(norms, self._decisions.remember(norms), percentile))
+        decided = self._decisions.decide(table, norms, [step.remembered for step in self._pending])
+        return DeviceStep(measured, *decided)
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ class DeviceTensor(torch.Tensor):
             dim += 1
         return result
 
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:  # for the same reason
+        Machine.active._copy(self, source, non_blocking, "copy_")
+        return self
+
     def tolist(self) -> Any:
         return Machine.active.read(self, "tolist").tolist()
 
@@ -120,6 +124,23 @@ class Event:
             Machine.active.advance()
 
 
+class Graph:
+    """A CUDA graph: what is asked meanwhile is not done, but at each replay, in one launch."""
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local", "other threads could spoil it"
+        Machine.active.capturing, Machine.active.recording = True, []
+
+    def capture_end(self) -> None:
+        self.work = Machine.active.recording
+        Machine.active.capturing, Machine.active.recording = False, None
+
+    def replay(self) -> None:
+        for work in self.work:
+            Machine.active.current[0].queue.append(work)
+        Machine.active.launch(torch.device(Machine.active.kind, 0), lambda: None, "graph", 1)
+
+
 class Machine(TorchDispatchMode):
     """Devices with a stream each.
 
@@ -140,6 +161,7 @@ class Machine(TorchDispatchMode):
         self.chance, self.speed = random.Random(0), speed  # noqa: S311
         self.patient, self.has_float64 = patient, has_float64
         self.waits, self.waits_for_events, self.capturing = 0, 0, False
+        self.recording: list[Any] | None = None
         self.launched: Counter[str] = Counter()
         self._pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -165,8 +187,7 @@ class Machine(TorchDispatchMode):
     @contextmanager
     def side_stream(self):
         """Another stream, which waits for this one first, and this one for it afterwards."""
-        main, side = self.current[0], Stream()
-        self.streams.append(side)
+        main, side = self.current[0], self.new_stream()
         side.wait_stream(main)
         self.current[0] = side
         yield
@@ -187,6 +208,10 @@ class Machine(TorchDispatchMode):
         return len(self._pinned)
 
     # The machine
+
+    def new_stream(self) -> Stream:
+        self.streams.append(Stream())
+        return self.streams[-1]
 
     def advance(self) -> None:
         advanced = [stream.advance() for stream in self.streams]
@@ -272,7 +297,7 @@ class Machine(TorchDispatchMode):
                 if place is not None:
                     place[0] = item
 
-        self._queue(device, work, name, _launches(name, *tree_unflatten(flat, spec)[0]))
+        self.launch(device, work, name, _launches(name, *tree_unflatten(flat, spec)[0]))
         return result
 
     def _check(self, item):
@@ -291,6 +316,7 @@ class Machine(TorchDispatchMode):
 
     def _copy(self, target, source, non_blocking, name):
         to, here = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
+        assert self.recording is None or to == here, f"{name}: a graph would copy the same memory of the host again"
         waits = False
         if to != here:
             host = target if here else source
@@ -307,13 +333,16 @@ class Machine(TorchDispatchMode):
             with _disable_current_modes():
                 (_value(target) if to else target).copy_(_value(source) if here else source)
 
-        self._queue(device, work, name, 1)
+        self.launch(device, work, name, 1)
         if apart:
             self.current[target.device.index].wait_stream(self.current[device.index])
         if waits:
             self.read(source if here else target, f"{name} of shape {tuple(source.shape)}")
 
-    def _queue(self, device, work, name, launches):
+    def launch(self, device, work, name, launches):
+        if self.recording is not None:
+            self.recording.append(work)
+            return
         self.launched[name] += launches
         self.current[device.index].queue.append(work)
         for _ in range(int(self.chance.random() * 2 * self.speed + 0.5)):
@@ -358,6 +387,10 @@ def simulated_device(monkeypatch, speed=0.8, kind="cuda", **options):
         module = getattr(torch, kind)
         patch.setattr(module, "is_current_stream_capturing", lambda: machine.capturing, raising=False)
         patch.setattr(module, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "Stream", lambda device: machine.new_stream())
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda device: machine.current[device.index])
         patch.setattr(torch.Tensor, "pin_memory", _pin_memory)
         forget()
         try:

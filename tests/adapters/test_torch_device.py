@@ -4,6 +4,7 @@ There need be none: devices are simulated, with their asynchrony (simulated_devi
 through the same tests, as far as they do not set its speed or its defects: `pytest -m device`.
 """
 
+import gc
 import math
 from contextlib import nullcontext
 from math import inf, nan
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from autoclip_torch import AutoClip, attach, gradients, kernel
+from autoclip_torch import AutoClip, attach, decision, gradients, kernel
 from torch import nn
 
 from autoclip_core import AutoClipError, AutoClipValueError
@@ -107,6 +108,53 @@ def test_thresholds_are_exact_however_late_norms_arrive(speed, options, monkeypa
                 assert torch.equal(machine.get(left), expected)
         assert clip.steps == 30
         assert machine.waits == 0
+
+
+@ignore_nonfinite
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 6}, {"warmup": 9, "max_threshold": 6.0}, {"nonfinite": "pass"}], ids=str
+)
+def test_decisions_in_one_launch_are_the_same(options, scope, machine, monkeypatch):
+    def run(record_at):
+        monkeypatch.setattr(decision, "_RECORD_AT", record_at)
+        params, steps = parameters(machine), []
+        clip = AutoClip(params, 37.0, scope=scope, **options)
+        for number, grads in enumerate(gradients_of_a_run(80)):
+            if number == 40:
+                clip.percentile = 80.0
+            give(machine, params, grads)
+            result = clip.step()
+            steps.append([result] if scope == "global" else [*result.values()])
+        recorded = clip._pipeline._deferred._decisions._recorded
+        return [[machine.get(field).item() for step in each for field in step] for each in steps], recorded
+
+    one_by_one, none = run(10**9)
+    at_once, recorded = run(3)
+    assert not none
+    assert recorded
+    np.testing.assert_array_equal(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("fails_at", ["capture_begin", "capture_end"])
+def test_what_cannot_be_recorded_is_launched_one_by_one(fails_at, monkeypatch):
+    with simulated_device(monkeypatch) as machine:
+        tries = []
+
+        def fail(*args, **kwargs):
+            tries.append(args)
+            machine.capturing, machine.recording = False, None
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, fails_at, fail)
+        params, norms = parameters(machine), []
+        clip = AutoClip(params, 50.0)
+        for number in range(40):
+            give(machine, params, [torch.full(shape, number + 1.0) for shape in SHAPES])
+            norms.append(norm_of([torch.full(shape, number + 1.0) for shape in SHAPES]))
+            assert machine.get(clip.step().threshold).item() == np.percentile(norms, 50.0)
+        assert len(tries) == len({count for count, calls in clip._pipeline._deferred._decisions._calls.items() if calls >= decision._RECORD_AT}) > 0
+        assert gc.isenabled()
 
 
 @ignore_nonfinite
