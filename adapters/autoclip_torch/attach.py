@@ -22,7 +22,7 @@ from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
 from autoclip_torch.clip import AutoClip
-from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.decision import DeviceStep
 from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.gradients import as_tensor, is_dropped, moved
 from autoclip_torch.groups import Groups, name_of

@@ -13,7 +13,7 @@ from typing_extensions import TypeVar  # torch needs it too; typing's has no def
 
 import autoclip_core
 from autoclip_core import AutoClipError, AutoClipTypeError, ClipStep, NormHistory, StateError
-from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.decision import DeviceStep
 from autoclip_torch.engines import deepspeed_in
 from autoclip_torch.groups import Groups, Parameters, Scope
 from autoclip_torch.pipeline import Mode, Pipeline

@@ -1,7 +1,7 @@
 """How a device decides a step (the mathematics is in autoclip_core.arrays).
 
 A decision is some twenty operations on a handful of numbers, and to launch them one by one takes the host longer than
-the device needs for them. So they are recorded as a CUDA graph, which is one launch. What must stay true:
+the device needs for them. So on CUDA they are recorded as a graph, which is one launch. What must stay true:
 
 - What is recorded is what is done without it: there is one rule, and its bits are the same.
 - A replay reads and writes the memory that was recorded. Its numbers are copied there, and what comes of them is copied
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from autoclip_core import arrays
+from autoclip_core import ClipStep, arrays
 from autoclip_torch.gradients import moved
 
 if TYPE_CHECKING:
@@ -59,8 +59,23 @@ _XP = SimpleNamespace(
 )
 
 
+class DeviceStep(NamedTuple):
+    """The steps of all groups at once, which the host does not know."""
+
+    norm: Tensor  # shape (groups,), like all others but the last
+    threshold: Tensor
+    scale: Tensor
+    clipped: Tensor
+    recorded: Tensor
+    kept: Tensor  # 1, or 0 if the update is dropped: int64, shape (1,)
+
+    def of_groups(self) -> Iterator[ClipStep]:
+        """Yield the step of each group; its fields have shape ()."""
+        return map(ClipStep, *(field.unbind() for field in self[:-1]))
+
+
 class Decisions:
-    """Thresholds and scales of steps, of all groups at once.
+    """Steps of all groups, decided on a device.
 
     Args:
         device: where the norms are.
@@ -77,67 +92,73 @@ class Decisions:
         self._calls = Counter[int]()
         self._recorded: dict[int, _Recorded] = {}
 
-    def remember(self, norms: Tensor) -> Tensor:
-        """Return what the rule remembers of norms, which a caller may change from here on."""
-        remembered: Tensor = arrays.norm_to_remember(_XP, norms, self._infinity)
-        return remembered
-
-    def decide(self, table: Tensor, norms: Tensor, pending: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Decide a step.
+    def decide(self, table: Tensor, pending: Sequence[Tensor]) -> DeviceStep:
+        """Decide a step, in float64.
 
         Args:
-            table: made by `arrays.deferred_table` for each group, shape (groups, pending + 1, columns), on the host.
-            norms: of the step, shape (groups,), on the device. Float64, like all others.
-            pending: what is remembered of the steps that are on their way to the host, this one last.
+            table: made by `arrays.deferred_table` for each group, shape (groups, pending + 1, columns); in memory of
+                the host that the device can read by itself.
+            pending: the norms of the steps that are on their way to the host, this one last, each of shape (groups,),
+                on the device. `NOT_SEEN` counts nowhere, and its scale is 1.
 
         Returns:
-            The threshold, the scale and whether the norm is recorded, each of shape (groups,).
+            The step; nothing of it is memory of these norms.
         """
         count = len(pending)
         self._calls[count] += 1
         if self._calls[count] == _RECORD_AT and self._device.type == "cuda":
-            self._record(count, table.shape)
+            self._record(table.shape)
+        norms = torch.stack([*pending]) if count > 1 else pending[0].unsqueeze(0)  # which copies nothing
         if (recorded := self._recorded.get(count)) is not None:
-            return recorded.replay(table, norms, pending)
-        together = torch.stack([*pending], -1) if count > 1 else pending[0].unsqueeze(-1)  # which copies nothing
-        return self._decide(moved(table, self._device), norms, together)
+            return recorded.replay(table, norms)
+        return self._decide(table.to(self._device, non_blocking=True), norms)
 
-    def _decide(self, table: Tensor, norms: Tensor, pending: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _decide(self, table: Tensor, norms: Tensor) -> DeviceStep:
+        norms = norms.to(torch.float64, copy=True)
+        pending = arrays.norm_to_remember(_XP, norms, self._infinity).mT
         threshold, limit, recorded = arrays.deferred_threshold(_XP, table, pending, warmup=self._warmup)
-        scale = arrays.deferred_scale(_XP, norms, limit, nonfinite=self._nonfinite)
-        return threshold, scale, recorded[:, -1]
+        norm, recorded = norms[-1], recorded[:, -1]
+        scale = arrays.deferred_scale(_XP, norm, limit, nonfinite=self._nonfinite)
+        least = scale if len(scale) == 1 else scale.amin(0, keepdim=True)
+        kept = torch.gt(least, 0.0, out=torch.empty(1, dtype=torch.int64, device=self._device))
+        return DeviceStep(norm, threshold, scale, scale < recorded, recorded, kept)
 
-    def _record(self, count: int, shape: torch.Size) -> None:
-        """Record the decision for so many pending norms and a table of this shape, if that is possible."""
+    def _record(self, shape: torch.Size) -> None:
+        """Record the decision for tables of this shape, if that is possible."""
+        groups, rows, _ = shape
         # No tensor of inference mode may be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             table, norms = (
-                torch.zeros(size, dtype=torch.float64, device=self._device) for size in (shape, (shape[0], count + 1))
+                torch.zeros(size, dtype=torch.float64, device=self._device) for size in (shape, (rows - 1, groups))
             )
             graph = torch.cuda.CUDAGraph()
             try:
                 with _recording(graph, self._device):
-                    parts = self._decide(table, norms[:, -1], norms[:, :-1])
-                    decided = torch.cat([part.view(torch.uint8) for part in parts])
+                    step = self._decide(table, norms)
+                    numbers = [step.norm, step.threshold, step.scale, step.kept, step.clipped, step.recorded]
+                    decided = torch.cat([field.view(torch.uint8) for field in numbers])
             except RuntimeError:
                 return
-        self._recorded[count] = _Recorded(graph, table, norms, decided)
+        self._recorded[rows - 1] = _Recorded(graph, table, norms, decided)
 
 
 class _Recorded(NamedTuple):
+    """A decision as a graph, and the memory that it reads and writes."""
+
     graph: torch.cuda.CUDAGraph
     table: Tensor
-    norms: Tensor  # those that are pending, and that of the step: shape (groups, pending + 1)
-    decided: Tensor  # the bytes of the thresholds, of the scales, and of what is recorded
+    norms: Tensor  # shape (pending, groups)
+    decided: Tensor  # the bytes of norms, thresholds, scales, what is kept, clipped and recorded
 
-    def replay(self, table: Tensor, norms: Tensor, pending: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        self.table.copy_(table.pin_memory(), non_blocking=True)
-        torch.stack([*pending, norms], -1, out=self.norms)
+    def replay(self, table: Tensor, norms: Tensor) -> DeviceStep:
+        self.table.copy_(table, non_blocking=True)
+        self.norms.copy_(norms)
         self.graph.replay()
         groups = len(table)
-        decided = self.decided.clone()
-        threshold, scale = decided[:-groups].view(torch.float64).view(2, groups)
-        return threshold, scale, decided[-groups:].view(torch.bool)
+        numbers, kept, flags = torch.split_with_sizes(self.decided.clone(), [24 * groups, 8, 2 * groups])
+        norm, threshold, scale = numbers.view(torch.float64).view(3, -1).unbind()
+        clipped, recorded = flags.view(torch.bool).view(2, -1).unbind()
+        return DeviceStep(norm, threshold, scale, clipped, recorded, kept.view(torch.int64))
 
 
 @contextmanager
@@ -145,7 +166,7 @@ def _recording(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[No
     """Record what is asked of the device meanwhile, and do nothing of it."""
     collects = gc.isenabled()
     gc.disable()  # it could free what must not be freed meanwhile
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(main)
     try:
         with torch.cuda.stream(side):

@@ -15,46 +15,49 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, arrays
-from autoclip_torch.decision import Decisions
+from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, arrays
+from autoclip_torch.decision import Decisions, DeviceStep
 from autoclip_torch.gradients import has_float64
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 # Each one pending widens the stretch of the history that is sent. More than a few only pile up if nobody would wait.
 MOST_PENDING = 4
 
 
-class DeviceStep(NamedTuple):
-    """The steps of all groups at once, which the host does not know: each field has shape (groups,)."""
+class Crossing:
+    """Memory of the host that the device reads and writes by itself, for one step after the other.
 
-    norm: Tensor
-    threshold: Tensor
-    scale: Tensor
-    recorded: Tensor
+    Args:
+        device: None if it is the host itself.
+    """
 
-    def of_groups(self) -> Iterator[ClipStep]:
-        """Yield the step of each group; its fields have shape ()."""
-        norm, threshold, scale, recorded = self
-        fields = norm, threshold, scale, scale < recorded, recorded
-        return map(ClipStep, *(field.unbind() for field in fields))
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        self._event = None if device is None else torch.Event(device)
+        self._table = self._norms = torch.empty(0, device="cpu")
+        self._numbers: Any = self._table.numpy()  # of the table
 
+    def lend(self, numbers: Sequence[float]) -> Tensor:
+        """Return a tensor of these numbers for the device to read, float64."""
+        if self._device is None:
+            return torch.frombuffer(array("d", numbers), dtype=torch.float64)  # from a list it takes ten times as long
+        if len(self._table) < len(numbers):
+            self._table = torch.empty(len(numbers), dtype=torch.float64, device="cpu", pin_memory=True)
+            self._numbers = self._table.numpy()
+        self._numbers[: len(numbers)] = numbers
+        return self._table[: len(numbers)]
 
-class Pending:
-    """The norms of one step, on their way to the host; `remembered` is what the rule remembers of them."""
-
-    def __init__(self, norms: Tensor, remembered: Tensor, percentile: float) -> None:
-        self.remembered = remembered
-        self.percentile = percentile
-        self._event: torch.Event | None = None
-        if norms.device.type == "cpu":
-            self._copy = norms.clone()  # a caller may change what a step returns
-        else:
-            self._copy = torch.empty(norms.shape, dtype=norms.dtype, device="cpu", pin_memory=True)
-            self._copy.copy_(norms, non_blocking=True)
-            self._event = torch.Event(norms.device)
-            self._event.record(torch.accelerator.current_stream(norms.device))
+    def send(self, norms: Tensor) -> None:
+        """Have norms copied to the host, behind all that reads what was lent."""
+        if self._event is None:
+            self._norms = norms.clone()
+            return
+        if self._norms.shape != norms.shape or self._norms.dtype != norms.dtype:
+            self._norms = torch.empty(norms.shape, dtype=norms.dtype, device="cpu", pin_memory=True)
+        self._norms.copy_(norms, non_blocking=True)
+        self._event.record(torch.accelerator.current_stream(self._device))
 
     def has_arrived(self) -> bool:
         """Return whether the copy is complete."""
@@ -64,8 +67,16 @@ class Pending:
         """Return the norms, waiting for the copy if need be."""
         if self._event is not None:
             self._event.synchronize()
-        norms: list[float] = self._copy.tolist()
+        norms: list[float] = self._norms.tolist()
         return norms
+
+
+class _Pending(NamedTuple):
+    """A step whose norms have not reached the histories."""
+
+    norms: Tensor  # on the device
+    percentile: float
+    crossing: Crossing
 
 
 class Deferred:
@@ -100,16 +111,16 @@ class Deferred:
         self._report = report
         window = options["window"]
         self._most = min(MOST_PENDING, window or MOST_PENDING)
-        self._pending: deque[Pending] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._idle: list[Crossing] = []
         self._decisions = Decisions(device, warmup=options["warmup"], nonfinite=options["nonfinite"])
 
-    def observe(self, norms: Tensor, percentile: float, measured: Tensor) -> DeviceStep:
+    def observe(self, norms: Tensor, percentile: float) -> DeviceStep:
         """Decide a step on the device.
 
         Args:
-            norms: shape (groups,), float64. `NOT_SEEN` counts nowhere, and its scale is 1.
+            norms: shape (groups,); nobody else may change them. `NOT_SEEN` counts nowhere, and its scale is 1.
             percentile: from 0 to 100.
-            measured: the norms that the step tells, seen or not.
         """
         self.receive()
         if len(self._pending) == self._most:
@@ -117,21 +128,24 @@ class Deferred:
             self._receive_oldest()
         count = len(self._pending) + 1
         tables = [arrays.deferred_table(clip, count, percentile, **self._limits) for clip in self._clips]
-        # From nested lists torch takes ten times as long.
-        numbers = array("d", list(chain.from_iterable(chain.from_iterable(tables))))
-        table = torch.frombuffer(numbers, dtype=torch.float64).view(len(tables), count + 1, -1)
-        self._pending.append(Pending(norms, self._decisions.remember(norms), percentile))
-        decided = self._decisions.decide(table, norms, [step.remembered for step in self._pending])
-        return DeviceStep(measured, *decided)
+        crossing = self._idle.pop() if self._idle else Crossing(None if self.device.type == "cpu" else self.device)
+        table = crossing.lend(list(chain.from_iterable(chain.from_iterable(tables))))
+        waiting = [*(step.norms for step in self._pending), norms]
+        step = self._decisions.decide(table.view(len(tables), count + 1, -1), waiting)
+        crossing.send(norms)
+        self._pending.append(_Pending(norms, percentile, crossing))
+        return step
 
     def receive(self, *, wait: bool = False) -> None:
         """Take in the norms that have arrived, or all of them."""
-        while self._pending and (wait or self._pending[0].has_arrived()):
+        while self._pending and (wait or self._pending[0].crossing.has_arrived()):
             self._receive_oldest()
 
     def _receive_oldest(self) -> None:
         step = self._pending.popleft()
-        self._report(step.wait(), step.percentile)
+        norms = step.crossing.wait()
+        self._idle.append(step.crossing)
+        self._report(norms, step.percentile)
 
 
 def _check(device: torch.device) -> None:

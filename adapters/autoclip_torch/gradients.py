@@ -44,6 +44,7 @@ _MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square
 _LARGE = 2**16  # elements
 _HEAD = 64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LOWEST = 0 if sys.byteorder == "little" else -1  # which part of an integer has its lowest bits
 
 # Of one tensor after the other, without a word of Python in between.
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
@@ -238,17 +239,17 @@ class Gradients:
                 with torch.set_grad_enabled(batch.carries_graph()):
                     batch.scale_(factors)
 
-    def scale_on_device_(self, scales: Tensor, *, drops: bool) -> None:
+    def scale_on_device_(self, scales: Tensor, kept: Tensor | None) -> None:
         """Do what `scale_` does with scales that the host does not know.
 
         Args:
             scales: shape (groups,), float64.
-            drops: whether a scale of 0 drops the update: all gradients become zeros, whatever they were.
+            kept: 0 if the update is dropped: all gradients become zeros, whatever they were. Else 1, int64 of shape
+                (1,); None: it is not dropped.
         """
-        least = scales[0] if self.count == 1 else scales.amin()
         for batch in self._batches:
             with torch.set_grad_enabled(batch.carries_graph()):
-                batch.scale_on_device_(scales, least if drops else None)
+                batch.scale_on_device_(scales, kept)
 
     def zero_(self) -> None:
         """Set all gradients to zero."""
@@ -318,19 +319,17 @@ class _Batch(NamedTuple):
         """Return the tensors whose factor is not 1."""
         return [tensor for tensor, factor in zip(self.tensors, factors, strict=True) if factor != 1.0]
 
-    def scale_on_device_(self, scales: Tensor, least: Tensor | None) -> None:
-        """Multiply each tensor by the scale of its group; unless `least` is above 0, make it zeros."""
+    def scale_on_device_(self, scales: Tensor, kept: Tensor | None) -> None:
+        """Multiply each tensor by the scale of its group; and by what is `kept`, bit by bit, so that NaN becomes 0."""
         device, dtype = self.kind.device, self.kind.dtype
         for factors in _factors(scales, device, dtype):
             start = 0
             for index, size in zip(self.kind.groups, self.kind.sizes, strict=True):
                 _multiply_(self.tensors[start : start + size], factors[index])
                 start += size
-        if least is not None:
-            # A product of bits, so that NaN becomes zero.
+        if kept is not None:
             bits = _BITS[dtype.itemsize]
-            keep = torch.gt(least, 0.0, out=torch.empty((), dtype=bits, device=least.device))
-            torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(keep, device))
+            torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(kept, device).view(bits)[_LOWEST])
 
 
 _batch: Callable[[tuple[Any, ...]], _Batch] = partial(tuple.__new__, _Batch)  # in a third of the time of _Batch._make

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep, NonFiniteNormError
 from autoclip_torch.agreement import Agreement
-from autoclip_torch.deferred import Deferred, DeviceStep
+from autoclip_torch.decision import DeviceStep
+from autoclip_torch.deferred import Deferred
 from autoclip_torch.engines import refuse_parts
 from autoclip_torch.gradients import (
     NOT_SEEN,
@@ -286,7 +287,7 @@ class Pipeline:
     def apply(self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep) -> None:
         """Change the gradients as decided."""
         if isinstance(steps, DeviceStep):
-            gradients.scale_on_device_(steps.scale, drops=self._options["nonfinite"] != "pass")
+            gradients.scale_on_device_(steps.scale, None if self._options["nonfinite"] == "pass" else steps.kept)
             return
         if is_dropped(steps):
             gradients.zero_()
@@ -327,13 +328,14 @@ class Pipeline:
                     receive(norms, percentile)
 
             self._deferred = Deferred(list(self.clips.values()), gradients.device, self._options, report)
-        measured = norms = norms.double()
+        measured = norms
         is_repeat = self.repeats.has_on_device(gradients, norms)
         if is_repeat is not None:
             norms = torch.where(is_repeat, NOT_SEEN, norms)
         if found_inf is not None:
             norms = torch.where(moved(found_inf, norms.device) > 0, NOT_SEEN, norms)
-        return self._deferred.observe(norms, self._percentile, measured)
+        step = self._deferred.observe(norms, self._percentile)
+        return step if norms is measured else step._replace(norm=measured.double())
 
     def _receive(self, norms: list[float], percentile: float) -> None:
         """Take in the norms of a deferred step, and the percentile that it had.

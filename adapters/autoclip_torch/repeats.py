@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autoclip_core import ClipStep
-from autoclip_torch.deferred import DeviceStep
+from autoclip_torch.decision import DeviceStep
 from autoclip_torch.gradients import is_dropped, moved, version
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Repeats:
         self._same = False
         if not isinstance(self._left, Tensor) or not self._is_untouched(gradients):
             return None
+        norms = norms.double()
         before, scale = moved(self._left, norms.device)
         left = before * scale  # NaN of a group that is dropped
         if self._are_zeros:

@@ -28,7 +28,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
 NO_LAUNCH = {"detach", "empty", "expand", "lift_fresh", "select", "slice", "split", "split_with_sizes", "t", "unbind"}
-NO_LAUNCH |= {"alias", "as_strided", "empty_like", "empty_strided", "new_empty", "squeeze", "unsqueeze", "view"}
+NO_LAUNCH |= {
+    "alias",
+    "as_strided",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+    "view",
+}
 TENSORS_PER_LAUNCH = 110
 # Beside what the function is, as counted on an H200 with torch 2.11: sort counts, and copies its values and two lists
 # of places; topk also sorts what it found; sum first makes integers of what is true; a norm starts from zeros, and adds
@@ -76,7 +86,7 @@ class DeviceTensor(torch.Tensor):
             dim += 1
         return result
 
-    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:  # for the same reason
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:  # noqa: FBT001, FBT002 - torch's; for the same reason
         Machine.active._copy(self, source, non_blocking, "copy_")
         return self
 
@@ -111,7 +121,8 @@ class Event:
         self.done: list[bool] = []
 
     def record(self, stream: Stream) -> None:
-        stream.queue.append(lambda: self.done.append(True))
+        self.done = done = []  # whatever was recorded before
+        stream.queue.append(lambda: done.append(True))
 
     def query(self) -> bool:
         if Machine.active.capturing:  # CUDA then fails at the end of the capture, whatever was raised meanwhile

@@ -120,8 +120,8 @@ def test_decisions_in_one_launch_are_the_same(options, scope, machine, monkeypat
         monkeypatch.setattr(decision, "_RECORD_AT", record_at)
         params, steps = parameters(machine), []
         clip = AutoClip(params, 37.0, scope=scope, **options)
-        for number, grads in enumerate(gradients_of_a_run(80)):
-            if number == 40:
+        for number, grads in enumerate(gradients_of_a_run(40)):
+            if number == 20:
                 clip.percentile = 80.0
             give(machine, params, grads)
             result = clip.step()
@@ -153,7 +153,8 @@ def test_what_cannot_be_recorded_is_launched_one_by_one(fails_at, monkeypatch):
             give(machine, params, [torch.full(shape, number + 1.0) for shape in SHAPES])
             norms.append(norm_of([torch.full(shape, number + 1.0) for shape in SHAPES]))
             assert machine.get(clip.step().threshold).item() == np.percentile(norms, 50.0)
-        assert len(tries) == len({count for count, calls in clip._pipeline._deferred._decisions._calls.items() if calls >= decision._RECORD_AT}) > 0
+        calls = clip._pipeline._deferred._decisions._calls.values()
+        assert len(tries) == sum(count >= decision._RECORD_AT for count in calls) > 0
         assert gc.isenabled()
 
 
@@ -223,9 +224,10 @@ def test_pinned_memory_does_not_pile_up(monkeypatch):
             give(machine, params, [torch.nan_to_num(grad, posinf=1.0) for grad in grads])
             clip.step()
             most = max(most, machine.pinned_blocks)
-        assert 0 < most <= 2 * 5  # of each step that is on its way, and of the one that is being made
+        assert 0 < most <= 2 * 4  # of each step that may be on its way: its table, its norms
         assert clip.steps == 60
         machine.get(params[0])
+        del clip
         assert machine.pinned_blocks == 0
 
 
@@ -489,6 +491,17 @@ def launches_of(machine, step, params, dtype=torch.float32, warm=5):
 def test_launches_of_a_step(window, dtype, machine):
     params = parameters(machine, [(2,)] * 100, dtype)
     assert launches_of(machine, AutoClip(params, window=window).step, params, dtype) <= 36
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_recorded_decision_is_one_launch(dtype, monkeypatch):
+    with simulated_device(monkeypatch, 2.0) as machine:
+        params = parameters(machine, [(2,)] * 100, dtype)
+        assert launches_of(machine, AutoClip(params).step, params, dtype, warm=60) <= 20
+        optimizer = torch.optim.AdamW(params, fused=True)
+        alone = launches_of(machine, optimizer.step, params, dtype)
+        attach(optimizer)
+        assert launches_of(machine, optimizer.step, params, dtype, warm=60) <= alone + 18
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
