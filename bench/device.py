@@ -69,11 +69,12 @@ WINDOWS = (2**14, 2**17, 2**20, 2**24)
 MOST_LAUNCHES = 36
 LAUNCHING = re.compile("cu(da)?(Graph)?(Launch|Memcpy|Memset)")  # functions of CUDA, as the profiler names them
 IMMEDIATE = f"{CLIP}, immediate"
-WAITING = (NORM, AUTHORS, IMMEDIATE)  # whatever they run on
+ATTACHED = "AutoClip attached"
+ATTACHED_IMMEDIATE = f"{ATTACHED}, immediate"
+WAITING = (NORM, AUTHORS, IMMEDIATE, ATTACHED_IMMEDIATE)  # whatever they run on
 BY_HAND = "AutoClip.step, then the optimizer"
 JAX, OPTAX = "autoclip_jax.autoclip", "optax.clip_by_global_norm"
-ATTACHED = "AutoClip attached"
-FUSED = "AutoClip attached, fused"
+FUSED = f"{ATTACHED}, fused"
 PLAIN_FUSED = f"{PLAIN}, fused"
 
 
@@ -192,8 +193,8 @@ class Training:
         fused = clipping in (FUSED, PLAIN_FUSED)
         optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=fused, foreach=not fused)
         clip = None
-        if clipping in (ATTACHED, FUSED):
-            clip = attach(optimizer)
+        if clipping.startswith(ATTACHED):
+            clip = attach(optimizer, mode="immediate" if clipping == ATTACHED_IMMEDIATE else "auto")
         elif clipping == BY_HAND:
             clip = AutoClip(self.params)
 
@@ -225,7 +226,7 @@ def train(measured: Measurements, device: torch.device, rounds: int, *, quick: b
     models = {"small, float32": (small_model, torch.float32), "large, bfloat16": (large_model, torch.bfloat16)}
     for stream, (make, dtype) in list(models.items())[: 1 if quick else None]:
         subjects = {}
-        for clipping in (PLAIN, TORCH, BY_HAND, ATTACHED, PLAIN_FUSED, FUSED):
+        for clipping in (PLAIN, TORCH, BY_HAND, ATTACHED, ATTACHED_IMMEDIATE, PLAIN_FUSED, FUSED):
             torch.manual_seed(0)
             model, inputs = make()
             subjects[clipping] = Training(model.to(device, dtype), inputs.to(device, dtype), clipping)
