@@ -43,7 +43,7 @@ def draw_table(cells: Sequence[Cell], path: Path) -> None:
         panel.set_yticks(range(len(PERCENTILES)), [f"{percentile:g}" for percentile in PERCENTILES])
         panel.set_xlabel("loss")
     panels[0].set_ylabel("percentile p")
-    figure.colorbar(image, ax=panels, label="dB above no clipping (p = 100)", extend="both")
+    figure.colorbar(image, ax=panels, label="dB above no clipping (p = 100) with the same seeds", extend="both")
     figure.savefig(path, dpi=150)
 
 
@@ -63,10 +63,9 @@ def draw_curves(points: Sequence[Point], path: Path) -> None:
         place = list(LOSSES).index(loss)
         ends = f"{PAPER[AUTOCLIP][place]:g} against {PAPER[NEVER][place]:g} dB"
         panels[0][column].set_title(f"{LOSSES[loss].label} (the paper's large networks: {ends})", fontsize="medium")
-        panels[1][column].set(xlabel="training step")
+        panels[1][column].set(xlabel="training step", ylabel="training loss, dB" if loss == "snr" else "training loss")
         panels[1][column].xaxis.set_major_formatter("{x:,.0f}")
     panels[0][0].set_ylabel("SI-SDR on the test set, dB")
-    panels[1][0].set_ylabel("training loss")
     panels[0][0].legend(frameon=False, loc="lower right")
     for panel in panels.flat:
         panel.grid(color="0.9", linewidth=0.6)
