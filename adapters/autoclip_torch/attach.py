@@ -239,7 +239,7 @@ class StepHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before, _ = self._untraced
             changed: tuple[tuple[Any, ...], dict[str, Any]] | None = before(self, optimizer, args, kwargs)
             return changed
@@ -285,7 +285,7 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_clip}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _, after = self._untraced
             after(self, optimizer, args, kwargs)
             return

@@ -196,7 +196,7 @@ class AutoClip(Generic[Steps]):
     @property
     def steps(self) -> int:
         """How many steps were seen."""
-        return max(clip.steps for clip in self._pipeline.clips.values())
+        return max((clip.steps for clip in self._pipeline.clips.values()), default=0)
 
     @property
     def clipped_steps(self) -> int:
@@ -232,7 +232,7 @@ class AutoClip(Generic[Steps]):
             AutoClipError: this AutoClip is attached to an optimizer, which clips already.
             NonFiniteNormError: a norm is NaN or infinite under `nonfinite="raise"`.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return cast("Steps", self._step_untraced(self))
         if self._attachment is not None:
             raise AutoClipError(

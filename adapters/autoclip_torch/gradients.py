@@ -379,6 +379,8 @@ def has_float64(device: torch.device) -> bool:
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     try:
         torch.ones(1, dtype=torch.float64, device=device).sqrt_()
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError):
         return False
     return True
@@ -405,11 +407,23 @@ def is_capturing(device: torch.device) -> bool:
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return the tensor on that device. The host waits only where it is to have the values itself."""
-    if device.type == "cpu":
+    if device.type == "cpu" or (tensor.is_cpu and not _has_pinned_memory(device)):
         return tensor.to(device, dtype or tensor.dtype)
     # The device reads memory of the host by itself only if it is pinned.
-    source = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    source = tensor.pin_memory() if tensor.is_cpu else tensor
     return source.to(device, dtype or tensor.dtype, non_blocking=True)
+
+
+@cache
+def _has_pinned_memory(device: torch.device) -> bool:
+    """Return whether there is memory of the host that the device can read by itself."""
+    if device.type == "cuda":
+        return True
+    try:
+        torch.empty(1, device="cpu").pin_memory()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _factor(scale: float, tensor: Tensor) -> float | Tensor:

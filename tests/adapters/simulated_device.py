@@ -390,6 +390,7 @@ def simulated_device(monkeypatch, speed=0.8, kind="cuda", **options):
 
     def forget():
         gradients.has_float64.cache_clear()
+        gradients._has_pinned_memory.cache_clear()
         gradients._first_factors.cache_clear()
 
     with monkeypatch.context() as patch, machine:

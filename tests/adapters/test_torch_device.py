@@ -373,6 +373,51 @@ def test_without_float64_norms_of_several_devices_are_added_up(monkeypatch):
         assert AutoClip(params).step().norm == 2.0
 
 
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_without_pinned_memory_the_host_decides(scope, monkeypatch):
+    with simulated_device(monkeypatch, kind="mtia", patient=True, has_float64=False) as machine:
+
+        def no_pinned_memory(tensor):
+            raise RuntimeError("Cannot access accelerator device when none is available.")
+
+        monkeypatch.setattr(torch.Tensor, "pin_memory", no_pinned_memory)
+        params = [*parameters(machine, [(2,)] * 3), nn.Parameter(torch.zeros(2))]
+        clip = AutoClip([(str(at), param) for at, param in enumerate(params)], 0.0, scope=scope)
+        for size in (1.0, 8.0):
+            give(machine, params, [torch.full((2,), size)] * 4)
+            params[1].grad = None
+            clip.step()
+        for param in (params[0], params[2], params[3]):
+            torch.testing.assert_close(machine.get(param.grad), torch.ones(2))
+
+
+def test_memory_that_is_short_does_not_tell_what_a_device_has(monkeypatch):
+    with simulated_device(monkeypatch) as machine:
+        params = parameters(machine)
+        give(machine, params, [torch.ones(shape) for shape in SHAPES])
+        with monkeypatch.context() as patch:
+
+            def out_of_memory(*args, **kwargs):
+                raise torch.OutOfMemoryError
+
+            patch.setattr(torch, "ones", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                AutoClip(params).step()
+        assert isinstance(AutoClip(params).step().scale, torch.Tensor)
+
+
+def test_watch_over_updates_waits_for_no_device(monkeypatch):
+    with simulated_device(monkeypatch) as machine:
+        params = parameters(machine)
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        clip = attach(optimizer)
+        monkeypatch.setattr(nn, "Parameter", type(params[0]))  # of a device they are parameters like all others
+        for _ in range(8):
+            clip._attachment._watch._after_backward(params[0])
+            clip.log()
+        assert machine.waits == 0
+
+
 def test_other_accelerators_are_deferred_if_told_so(monkeypatch):
     with simulated_device(monkeypatch, kind="mtia") as machine:
         params = parameters(machine)
