@@ -292,7 +292,7 @@ class StepHooks:
         if self._has_nested and is_nested(optimizer):
             return
         if self._gradients is not None:
-            self._pipeline.touch(self._gradients)
+            self._pipeline.touch(self._gradients, anew=True)
         self._take_back()
         self._is_stepping = False
         if self._awaits_closure:

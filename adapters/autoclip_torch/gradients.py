@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
-from autoclip_torch.layout import Kind, Layout
+from autoclip_torch.layout import Kind, Layout, guards_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -136,7 +136,7 @@ class Gradients:
             alike, places, indices = map(list, zip(*items, strict=True))
             memory = kernel.Layout(alike) if is_taken else None
             sizes = Counter(indices)
-            kind = Kind(device, dtype, shards, memory, places, list(sizes), list(sizes.values()))
+            kind = Kind(device, dtype, shards, memory, guards_of(alike), places, list(sizes), list(sizes.values()))
             self._batches.append(_Batch(kind, alike, None if memory is None else memory.measure(alike)))
         self.layout = Layout(grads, tensors, [batch.kind for batch in self._batches])
 
@@ -172,9 +172,16 @@ class Gradients:
             return version(self.first)
         return sum(map(_Batch.versions, self._batches))
 
-    def heads(self) -> Iterator[int | list[Tensor]]:
-        """Yield of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ."""
-        return map(_Batch.heads, () if self.is_shared else self._batches)
+    def heads(self, *, anew: bool = False) -> list[int | list[Tensor]]:
+        """Return of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ.
+
+        Args:
+            anew: whether code of others has run since the gradients were measured, which may have moved them.
+
+        Raises:
+            RuntimeError: some of them have no memory any more, or other one than they had.
+        """
+        return [batch.heads(anew=anew) for batch in (() if self.is_shared else self._batches)]
 
     def norms(self, least: torch.dtype = torch.float32) -> Tensor | list[float]:
         """Return the L2 norm of each group, shape (groups,), in float32 or wider; one collective per mesh dimension.
@@ -288,10 +295,10 @@ class _Batch(NamedTuple):
             return sum(map(_version, [*some, self.tensors[-1]]))
         return sum(map(version, self.tensors))
 
-    def heads(self) -> int | list[Tensor]:
+    def heads(self, *, anew: bool) -> int | list[Tensor]:
         """Return the bits of the first elements of the first and of the last tensor; or a fingerprint of all."""
         if self.memory is not None:
-            return self.memory.fingerprint()
+            return self.kind.fingerprint(self.tensors) if anew else self.memory.fingerprint()
         ends = (0, -1) if len(self.tensors) > 1 else (0,)
         return [head(self.tensors[at]) for at in ends]
 

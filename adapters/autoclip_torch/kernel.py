@@ -7,7 +7,7 @@ What shaped this module, and must stay true:
 - Torch is told of every write: autograd must see that a gradient has changed.
 - Sums are of doubles, and a norm does not depend on the order of the tensors.
 - No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
-  not, the same tensor may have other memory by now.
+  not, the same tensor may have other memory by now. So it may after an optimizer's step, which is code of others.
 """
 
 from __future__ import annotations
@@ -86,6 +86,24 @@ class Layout:
         if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
             return None
         return _memory((norms.tolist(), arguments, (self, addresses)))
+
+    def has(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether tensors, which are looked at one after the other, differ in their addresses alone."""
+        width = self._arguments[-1]
+        alike = (takes(tensor) and tensor.itemsize == width for tensor in tensors)
+        return all(alike) and array("Q", map(Tensor.numel, tensors)) == self._sizes
+
+    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
+        """Return what `Memory.fingerprint` does, of tensors that may have other memory than when they were measured.
+
+        Raises:
+            RuntimeError: one has no memory.
+        """
+        addresses = array("Q", list(map(Tensor.data_ptr, tensors)))
+        if 0 in addresses:
+            raise RuntimeError("The memory of a gradient has been given back.")
+        found: int = _functions().tensors_fingerprint(addresses.buffer_info()[0], *self._arguments)
+        return found
 
 
 class Memory(NamedTuple):

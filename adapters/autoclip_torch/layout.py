@@ -28,9 +28,22 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     shards: tuple[ProcessGroup, ...]  # over which they are sharded
     memory: kernel.Layout | None  # of all of them, if the kernel takes them
+    guards: Any  # what tells tensors like these from others at once; None if that is not to be had
     places: list[int]  # of their gradients, among all that there are
     groups: list[int]  # that have any of them, ascending
     sizes: list[int]  # how many each of these groups has
+
+    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
+        """Return by what the kernel knows the tensors of the batch, which others may have changed since.
+
+        Raises:
+            RuntimeError: the kernel must not have them any more.
+        """
+        memory: Any = self.memory
+        if not (self.guards.check(*tensors) if self.guards is not None else memory.has(tensors)):
+            raise RuntimeError("A gradient has become another kind of tensor.")
+        found: int = memory.fingerprint(tensors)
+        return found
 
 
 class Layout:
@@ -49,7 +62,10 @@ class Layout:
         self.rounding = max([1e-5, *(torch.finfo(kind.dtype).eps / 2 for kind in kinds)])
         self._count = len(grads)
         self._absent = [grad is None for grad in grads] if len(tensors) < len(grads) else None
-        self._guards = _guards([grad for grad in grads if grad is not None], tensors)
+        present = [grad for grad in grads if grad is not None]
+        # What is taken of a gradient that is more than a tensor does not tell all of it.
+        self._is_guarded = bool(kinds) and all(kind.guards is not None for kind in kinds)
+        self._is_guarded &= all(map(is_, present, tensors))
 
     def sort(self, grads: Sequence[Any]) -> list[tuple[Kind, Sequence[Tensor], kernel.Memory | None]] | None:
         """Return the kind, the tensors and the memory of each batch; None if the gradients are not like those before.
@@ -57,18 +73,18 @@ class Layout:
         Args:
             grads: of the same parameters.
         """
-        if self._guards is None or len(grads) != self._count or kernel.is_watched():
+        if not self._is_guarded or len(grads) != self._count or kernel.is_watched():
             return None
         if self._absent is not None:
             if [grad is None for grad in grads] != self._absent:
                 return None
             grads = [grad for grad in grads if grad is not None]
-        # Where no graph is made, the guards do not ask for one.
-        if not self._guards.check(*grads) or grads[0].requires_grad:
-            return None
         batches = []
         for kind in self.kinds:
             tensors = grads if len(self.kinds) == 1 else [grads[at] for at in kind.places]
+            # Where no graph is made, the guards do not ask for one.
+            if not kind.guards.check(*tensors) or tensors[0].requires_grad:
+                return None
             memory = None
             if kind.memory is not None and (memory := kind.memory.measure(tensors)) is None:
                 return None
@@ -76,13 +92,13 @@ class Layout:
         return batches
 
 
-def _guards(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
-    """Return what tells gradients like these from others; None if they are more than tensors, and something may not."""
-    if set(map(type, grads)) != {Tensor} or not all(map(is_, grads, tensors)) or kernel.is_watched():
+def guards_of(tensors: Sequence[Tensor]) -> Any:
+    """Return what tells tensors like these from others; None if they are more than tensors, and nothing may."""
+    if set(map(type, tensors)) != {Tensor} or kernel.is_watched():
         return None
     try:
         # With this torch.compile compares its inputs with earlier ones: class, dispatch keys (which tell the kind of
         # device, sparse tensors and all wrappers), dtype, device, shape and strides.
-        return torch._C._dynamo.guards.TensorGuards(*grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     except (AttributeError, RuntimeError):  # torch does not promise this name; and some tensors have no strides
         return None

@@ -313,9 +313,14 @@ class Pipeline:
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
         self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
 
-    def touch(self, gradients: Gradients) -> None:
-        """Take gradients as they are for ours, when nobody writes to them any more in this step."""
-        self.repeats.touch(gradients)
+    def touch(self, gradients: Gradients, *, anew: bool = False) -> None:
+        """Take gradients as they are for ours, when nobody writes to them any more in this step.
+
+        Args:
+            gradients: measured before.
+            anew: whether code of others has run since.
+        """
+        self.repeats.touch(gradients, anew=anew)
         if self._sharing.shared:
             self._sharing.mark(self.latest)
 

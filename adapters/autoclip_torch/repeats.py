@@ -83,14 +83,24 @@ class Repeats:
         else:
             self._left = dict.fromkeys(steps, _ZEROS) if is_dropped(steps) else steps
 
-    def touch(self, gradients: Gradients) -> None:
-        """Take for ours what was written since: fused optimizers write the gradients that they have scaled."""
+    def touch(self, gradients: Gradients, *, anew: bool) -> None:
+        """Take for ours what was written since: fused optimizers write the gradients that they have scaled.
+
+        Args:
+            gradients: measured before.
+            anew: whether code of others has run since, and may have moved them, or given back their memory.
+        """
+        try:
+            heads = gradients.heads(anew=anew)
+        except RuntimeError:  # what is left is not known
+            self.forget()
+            return
         self._versions = gradients.versions()
         self._is_exact = self._is_exact and version(gradients.first) == self._version
         if isinstance(self._left, DeviceStep):
-            self._samples, self._left = _samples_and_copies(gradients, [self._left.norm, self._left.scale])
+            self._samples, self._left = _samples_and_copies(heads, [self._left.norm, self._left.scale])
         else:
-            self._samples = _samples(gradients)
+            self._samples = _samples(heads)
 
     def forget(self) -> None:
         """Take whatever comes for new."""
@@ -150,19 +160,19 @@ class Repeats:
 
     def _pairs(self, gradients: Gradients) -> Iterable[tuple[_Sample | None, _Sample | None]]:
         """Yield the samples of each batch, as it was left and as it is."""
-        return zip_longest(self._samples, _samples(gradients))
+        return zip_longest(self._samples, _samples(gradients.heads()))
 
 
-def _samples(gradients: Gradients) -> list[_Sample]:
-    """Return some elements of each batch."""
-    return [heads if isinstance(heads, int) else torch.cat(heads) for heads in gradients.heads()]
+def _samples(found: Sequence[int | list[Tensor]]) -> list[_Sample]:
+    """Return some elements of each batch (see Gradients.heads)."""
+    return [heads if isinstance(heads, int) else torch.cat(heads) for heads in found]
 
 
-def _samples_and_copies(gradients: Gradients, numbers: Sequence[Tensor]) -> tuple[list[_Sample], Tensor]:
+def _samples_and_copies(found: Sequence[int | list[Tensor]], numbers: Sequence[Tensor]) -> tuple[list[_Sample], Tensor]:
     """Return the samples, and copies of numbers, stacked: a caller may change what a step returns."""
     samples: list[_Sample] = []
     copied = None
-    for heads in gradients.heads():
+    for heads in found:
         if isinstance(heads, int):
             samples.append(heads)
         elif copied is None and numbers[0].device == heads[0].device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, WeakSet, ref
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # How many looks without a step make a warning: if parameters change, and if nothing does.
 _LATE, _IDLE = 3, 100
 _every: WeakSet[Watch] = WeakSet()
+_lock = Lock()  # for it
 
 
 class Watch:
@@ -46,7 +48,8 @@ class Watch:
         trained = [param for param in every if param.requires_grad and param.is_leaf and not is_lazy(param)]
         # One parameter is enough, and the last one is seldom left out.
         self._handles = [_hook(param, WeakMethod(self._after_backward)) for param in trained[-1:]]
-        _every.add(self)
+        with _lock:
+            _every.add(self)
 
     def see_step(self) -> None:
         """Count a step, or an evaluation of its closure: what changes from here to the next one is its update."""
@@ -119,7 +122,9 @@ class Watch:
     def _steps_of_others(self, optimizer: Optimizer) -> int:
         """Return how many steps were seen of other optimizers of these parameters: updates between them are theirs."""
         own = params_of(optimizer)
-        others = [(watch.steps, watch._optimizer()) for watch in _every if watch is not self and watch.steps]
+        with _lock:
+            every = list(_every)
+        others = [(watch.steps, watch._optimizer()) for watch in every if watch is not self and watch.steps]
         return sum(steps for steps, other in others if other is not None and own & params_of(other))
 
     def _what_is_there(self, optimizer: Optimizer) -> tuple[Any, ...]:
@@ -127,19 +132,16 @@ class Watch:
         every = [param for group in optimizer.param_groups for param in group["params"]]
         params = [param for param in every if not is_lazy(param) and not param.is_inference()]
         versions = sum(param._version for param in params)
-        # Not every optimizer writes so that a version tells. Reading is waiting, so after the first step only a CPU is
-        # asked, where some elements will do.
-        plain = [
-            param.detach()
-            for param in params
-            if type(param) in {torch.nn.Parameter, Tensor} and param.is_floating_point() and not param.is_meta
-        ]
-        if self.steps:
-            values: list[Any] = [head(param).tolist() for param in plain if param.is_cpu]
-        else:
-            values = [repr(norm.item()) for norm in torch._foreach_norm(plain, 1.0)] if plain else []
+        # Not every optimizer writes so that a version tells. Some elements do, where to read them is not to wait.
+        values = [head(param.detach()).tolist() for param in params if _is_at_hand(param)]
         grad = next((param.grad for param in params if param.grad is not None), None)
         return versions, values, id(grad), -1 if grad is None or grad.is_inference() else grad._version
+
+
+def _is_at_hand(param: Tensor) -> bool:
+    """Return whether elements can be read, at once."""
+    is_plain = type(param) in {torch.nn.Parameter, Tensor} and param.layout is torch.strided
+    return is_plain and param.is_cpu and param.untyped_storage().nbytes() > 0
 
 
 def _hook(param: Tensor, after_backward: WeakMethod[Callable[[Tensor], None]]) -> RemovableHandle:

@@ -4,13 +4,15 @@ Norms are judged by torch in float64, scaled gradients by torch's own product.
 """
 
 import copy
+import ctypes
 import pickle
 from math import inf, isnan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from autoclip_torch import AutoClip, kernel
+from autoclip_torch import AutoClip, attach, kernel
 from autoclip_torch.gradients import Gradients
 from torch import Tensor, nn
 
@@ -436,6 +438,116 @@ def test_gradient_with_other_memory_than_a_step_before_is_measured_anew():
     grad.resize_(4)
     grad.fill_(5.0)
     assert clip.step().norm == 10.0
+
+
+@pytest.fixture
+def fingerprinted(monkeypatch):
+    """The addresses, and the bytes per element, of each call of the kernel that finds a fingerprint."""
+    made, functions = [], kernel._functions()
+
+    def fingerprint(addresses, sizes, count, width):
+        # Not called where somebody may have taken the memory away: it would crash.
+        found = [[*(ctypes.c_uint64 * count).from_address(numbers)] for numbers in (addresses, sizes)]
+        made.append([(*tensor, width) for tensor in zip(*found, strict=True)])
+        return len(made)
+
+    names = ("tensors_measure", "tensors_scale")
+    kept = {name: getattr(functions, name) for name in names}
+    monkeypatch.setattr(kernel, "_functions", lambda: SimpleNamespace(**kept, tensors_fingerprint=fingerprint))
+    return made
+
+
+def centralize(grad):
+    grad.data = grad.data - grad.data.mean()
+
+
+def lengthen(grad):
+    grad.data = grad.data.repeat(2)
+
+
+def shorten(grad):
+    grad.data = grad.data[:3].clone()
+
+
+def widen(grad):
+    grad.data = grad.data.double()
+
+
+def narrow(grad):
+    grad.data = grad.data.float()
+
+
+def stretch(grad):
+    grad.data = torch.zeros(30)[::2]
+
+
+def take_memory(grad):
+    grad.untyped_storage().resize_(0)
+
+
+def attached_to(change, grads, **options):
+    """Return an AutoClip of an optimizer whose step does this to the gradients, and the optimizer."""
+
+    class Changes(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for param in self.param_groups[0]["params"]:
+                change(param.grad)
+
+    optimizer = Changes(params_of(grads), lr=0.0)
+    return attach(optimizer, **options), optimizer
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [
+        (centralize, True),
+        (lambda grad: grad.mul_(2.0), True),
+        (lengthen, False),
+        (shorten, False),
+        (widen, False),
+        (stretch, False),
+        (take_memory, False),
+    ],
+    ids=["centralize", "write", "lengthen", "shorten", "widen", "stretch", "take memory"],
+)
+def test_memory_is_read_where_it_is_after_a_step_that_moves_it(change, is_known, guarded, fingerprinted, monkeypatch):
+    if not guarded:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    grads = grads_of(3, 15)
+    clip, optimizer = attached_to(change, grads)
+    optimizer.step()
+    assert fingerprinted == ([[(grad.data_ptr(), 15, 4) for grad in grads]] if is_known else [])
+    assert clip.steps == 1
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_narrower_numbers_are_not_read_past_their_end(guarded, fingerprinted, monkeypatch):
+    if not guarded:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    _, optimizer = attached_to(narrow, grads_of(3, 15, torch.float64))
+    optimizer.step()
+    assert fingerprinted == []
+
+
+def test_gradients_that_a_step_moves_are_known_again_in_the_next_one():
+    clip, optimizer = attached_to(centralize, [torch.tensor([1.0, -1.0]), torch.tensor([2.0, -2.0])])
+    for _ in range(3):
+        optimizer.step()
+    assert clip.steps == 1
+
+
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+@pytest.mark.parametrize("size", [10, 2**18 + 1])
+def test_gradients_whose_memory_a_step_gives_back_are_new_when_they_return(size, mode):
+    grad = torch.ones(size)
+    clip, optimizer = attached_to(take_memory, [grad], mode=mode)
+    for number in range(1, 4):
+        optimizer.step()
+        assert clip.steps == number
+        grad.untyped_storage().resize_(4 * size)
+        grad.data.fill_(1.0)
 
 
 def test_without_the_kernel_torch_does_the_work(monkeypatch, calls):

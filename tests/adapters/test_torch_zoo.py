@@ -10,6 +10,8 @@ import gc
 import inspect
 import io
 import pickle
+import sys
+import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict
@@ -697,6 +699,60 @@ def test_clip_whose_optimizer_is_gone_says_so_without_a_log():
         train(model, optimizer, 100)
     train(model, optimizer, 100)
     assert clip.steps == 10
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_parameters_that_cannot_be_read_are_no_matter():
+    given_back = nn.Parameter(torch.ones(3))
+    others = [
+        nn.Parameter(torch.eye(2).to_sparse_coo()),
+        nn.Parameter(torch.eye(2).to_sparse_csr()),
+        nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False),
+        nn.Parameter(torch.ones(3, device="meta"), requires_grad=False),
+        given_back,
+    ]
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([*others, weight], lr=0.1)
+    clip = attach(optimizer)
+    given_back.untyped_storage().resize_(0)  # as engines do that gather a parameter when it is needed
+    for _ in range(9):
+        weight.square().sum().backward()
+        clip.log()
+
+
+def test_many_threads_attach_and_watch():
+    failures = []
+
+    def attach_many():
+        try:
+            kept = [attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)) for _ in range(300)]
+            assert len(kept) == 300
+        except RuntimeError as error:
+            failures.append(error)
+
+    def accumulate_often():
+        try:
+            for _ in range(40):
+                weight = nn.Parameter(torch.zeros(1))
+                optimizer = torch.optim.SGD([weight], lr=0.1)
+                attach(optimizer)
+                for _ in range(8):
+                    weight.sum().backward()
+                optimizer.step()
+        except RuntimeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for run in (attach_many, accumulate_often, accumulate_often)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
 
 
 def test_nobody_watches_backward_for_a_clip_that_is_gone():
