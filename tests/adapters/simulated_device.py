@@ -285,7 +285,7 @@ class Machine(TorchDispatchMode):
             kwargs.pop("pin_memory", None)
             if name == "_foreach_mul_" and isinstance(args[1], torch.Tensor):
                 args = [args[0], args[1].to(args[0][0].dtype)]
-            elif name == "_foreach_mul_" and isinstance(args[1], list):
+            elif name == "_foreach_mul_" and isinstance(args[1], list) and isinstance(args[1][0], torch.Tensor):
                 args = [args[0], [item.to(args[0][0].dtype) if item.dim() == 0 else item for item in args[1]]]
             with _disable_current_modes():
                 return func(*args, **({**kwargs, "device": "cpu"} if kwargs.get("device") else kwargs))
