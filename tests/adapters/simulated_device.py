@@ -378,6 +378,7 @@ def _launches(name: str, *args: Any) -> int:
             [item] for item in args if isinstance(item, torch.Tensor)
         ]
         fits = all(isinstance(item, float) or item.dtype == tensors[0].dtype for items in rest for item in items)
+        rest = [items for items in rest if isinstance(items[0], torch.Tensor)]
         fits = fits and all(len(items) == 1 or items[0].dim() == tensors[0].dim() for items in rest)
         count = -(-len(tensors) // TENSORS_PER_LAUNCH) if fits else len(tensors)
     return count + MORE_LAUNCHES.get(name, 0)
