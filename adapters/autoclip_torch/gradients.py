@@ -11,6 +11,7 @@ What shaped this module, and must stay true:
 - Norms accumulate in float32 at least: a bfloat16 norm has three digits, and a float16 norm overflows.
 - A gradient that is sharded over ranks is measured where it lies; what crosses the network is two numbers per group, at
   once for all parameters, whichever of them have gradients on a rank: no rank may be missing when norms are added up.
+- No memory is scaled twice: gradients of several parameters may be one tensor, or lie in the memory of one.
 - A non-finite gradient is never multiplied: 0 times infinity is NaN.
 - Every tensor is made on a device that is named: a program may have set another default.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from bisect import bisect
 from collections import Counter
 from functools import cache, partial
 from itertools import chain, islice, repeat
@@ -122,10 +124,16 @@ class Gradients:
         found: dict[tuple[Any, ...], list[tuple[Tensor, int, int]]] = {}
         grads: list[Tensor | None] = []
         tensors: list[Tensor] = []
+        taken: list[tuple[int, int]] = []  # memory
+        found_shared = False
         for index, params in enumerate(groups):
             for param in params:
                 if param.grad is not None:
                     tensor, shards = self._local(param)
+                    if not _take(taken, tensor):
+                        found_shared = True
+                        _clone_grad(param)
+                        tensor, shards = self._local(param)
                     is_taken = has_kernel and kernel.takes(tensor)
                     key = (_CPU if is_taken else tensor.device, tensor.dtype, shards, is_taken)
                     found.setdefault(key, []).append((tensor, len(tensors), index))
@@ -137,15 +145,18 @@ class Gradients:
             memory = kernel.Layout(alike) if is_taken else None
             sizes = Counter(indices)
             kind = Kind(device, dtype, shards, memory, guards_of(alike), places, list(sizes), list(sizes.values()))
-            self._batches.append(_Batch(kind, alike, None if memory is None else memory.measure(alike)))
-        self.layout = Layout(grads, tensors, [batch.kind for batch in self._batches])
+            self._batches.append(
+                _Batch(kind, alike, None if memory is None else memory.measure(kernel.addresses_of(alike)))
+            )
+        kinds = [batch.kind for batch in self._batches]
+        self.layout = Layout(grads, tensors, kinds, may_return=not found_shared)
 
     def _local(self, param: Tensor) -> tuple[Tensor, tuple[ProcessGroup, ...]]:
         """Return this rank's memory of a gradient, and who has the other shards."""
         grad: Any = param.grad
         shards: tuple[ProcessGroup, ...] = ()
         if _is_read_only(grad):
-            param.grad = grad = grad.clone(memory_format=torch.contiguous_format)
+            grad = _clone_grad(param)
         local = grad
         if grad.layout is not torch.strided:
             if grad.layout is torch.sparse_coo and not grad.is_coalesced():
@@ -377,6 +388,34 @@ def _is_read_only(grad: Any) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def _clone_grad(param: Tensor) -> Any:
+    """Give a parameter a gradient of the same elements in memory of its own, and return it."""
+    grad: Any = param.grad
+    layout = {"memory_format": torch.contiguous_format} if grad.layout is torch.strided else {}
+    with torch.set_grad_enabled(grad.requires_grad):  # it may carry a graph
+        param.grad = grad = grad.clone(**layout)
+    return grad
+
+
+def _take(taken: list[tuple[int, int]], tensor: Tensor) -> bool:
+    """Note the memory of a tensor, from where to where; return False, and do nothing, if some of it is taken already.
+
+    Of a tensor with gaps, in which others may lie, that is its first element.
+    """
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # it hides from whoever asks
+        return True
+    if start == 0 or tensor.numel() == 0:
+        return True
+    stop = start + tensor.itemsize * (tensor.numel() if tensor.is_contiguous() or kernel.is_dense(tensor) else 1)
+    at = bisect(taken, (start, stop))
+    if (at > 0 and taken[at - 1][1] > start) or (at < len(taken) and taken[at][0] < stop):
+        return False
+    taken.insert(at, (start, stop))
+    return True
 
 
 @cache

@@ -54,12 +54,21 @@ def takes(tensor: Tensor) -> bool:
         return False
     try:
         # A pending sign does no harm: norms do not see it, and factors commute with it.
-        if tensor.is_inference() or not (tensor.is_contiguous() or _is_dense(tensor)) or tensor.numel() > _MOST:
+        if tensor.is_inference() or not (tensor.is_contiguous() or is_dense(tensor)) or tensor.numel() > _MOST:
             return False
         address = tensor.data_ptr()
     except RuntimeError:  # there is no memory: a sparse tensor, or one inside a transform
         return False
     return address != 0 and address % width == 0
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where tensors begin, 0 of one that has no memory.
+
+    Raises:
+        RuntimeError: one hides from whoever asks.
+    """
+    return list(map(Tensor.data_ptr, tensors))
 
 
 class Layout:
@@ -75,12 +84,9 @@ class Layout:
         # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
         self._arguments = self._sizes.buffer_info()[0], len(self._sizes), _WIDTHS[tensors[0].dtype]
 
-    def measure(self, tensors: Sequence[Tensor]) -> Memory | None:
+    def measure(self, places: Sequence[int]) -> Memory | None:
         """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
-        try:
-            addresses = array("Q", list(map(Tensor.data_ptr, tensors)))  # of an iterator array takes longer
-        except RuntimeError:  # a wrapper that hides from whoever asks
-            return None
+        addresses = array("Q", places)  # of an iterator an array takes longer
         norms = self._no_norms[:]
         arguments = addresses.buffer_info()[0], *self._arguments
         if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
@@ -99,7 +105,7 @@ class Layout:
         Raises:
             RuntimeError: one has no memory.
         """
-        addresses = array("Q", list(map(Tensor.data_ptr, tensors)))
+        addresses = array("Q", addresses_of(tensors))
         if 0 in addresses:
             raise RuntimeError("The memory of a gradient has been given back.")
         found: int = _functions().tensors_fingerprint(addresses.buffer_info()[0], *self._arguments)
@@ -140,7 +146,7 @@ def _functions() -> Any:
         return None
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor is contiguous in some order of its dimensions, as images in channels-last are."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()

@@ -53,9 +53,13 @@ class Layout:
         grads: of all parameters, in order; None of those that have none. They are not kept.
         tensors: what was taken of each of them that there is.
         kinds: of the batches.
+        may_return: whether the next ones may be sorted like these. Where some had to be given memory of their own, they
+            will have to be again.
     """
 
-    def __init__(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
+    def __init__(
+        self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], kinds: Sequence[Kind], *, may_return: bool
+    ) -> None:
         self.kinds = kinds
         self.devices = {kind.device for kind in kinds}
         # By what part of it scaling may change a norm, beside the scale.
@@ -64,8 +68,14 @@ class Layout:
         self._absent = [grad is None for grad in grads] if len(tensors) < len(grads) else None
         present = [grad for grad in grads if grad is not None]
         # What is taken of a gradient that is more than a tensor does not tell all of it.
-        self._is_guarded = bool(kinds) and all(kind.guards is not None for kind in kinds)
+        self._is_guarded = may_return and bool(kinds) and all(kind.guards is not None for kind in kinds)
         self._is_guarded &= all(map(is_, present, tensors))
+        self._places = 0  # in memory, where the tensors begin; those that have none count once
+        if self._is_guarded:
+            try:
+                self._places = len(set(kernel.addresses_of(tensors)))
+            except RuntimeError:
+                self._is_guarded = False
 
     def sort(self, grads: Sequence[Any]) -> list[tuple[Kind, Sequence[Tensor], kernel.Memory | None]] | None:
         """Return the kind, the tensors and the memory of each batch; None if the gradients are not like those before.
@@ -79,17 +89,23 @@ class Layout:
             if [grad is None for grad in grads] != self._absent:
                 return None
             grads = [grad for grad in grads if grad is not None]
-        batches = []
+        batches, places = [], set()
         for kind in self.kinds:
             tensors = grads if len(self.kinds) == 1 else [grads[at] for at in kind.places]
             # Where no graph is made, the guards do not ask for one.
             if not kind.guards.check(*tensors) or tensors[0].requires_grad:
                 return None
+            try:
+                addresses = kernel.addresses_of(tensors)
+            except RuntimeError:
+                return None
+            places.update(addresses)
             memory = None
-            if kind.memory is not None and (memory := kind.memory.measure(tensors)) is None:
+            if kind.memory is not None and (memory := kind.memory.measure(addresses)) is None:
                 return None
             batches.append((kind, tensors, memory))
-        return batches
+        # Fewer places: some have come to share memory, and have to be told apart.
+        return batches if len(places) >= self._places else None
 
 
 def guards_of(tensors: Sequence[Tensor]) -> Any:

@@ -24,6 +24,74 @@ def test_gradients_whose_elements_share_memory_are_clipped_once(mode, strides):
     assert clip.history.values() == pytest.approx([6**0.5, 10 * 6**0.5])
 
 
+# Of gradients whose values are those at the same place in 0, 1, 2, ...: how they share memory.
+SHARED = {
+    "one tensor": lambda memory: [memory] * 2,
+    "one memory": lambda memory: [memory, memory.view(3, 4)],
+    "at the beginning": lambda memory: [memory, memory[:5], memory[5:]],
+    "at the end": lambda memory: [memory[:5], memory[6:], memory],
+    "around it": lambda memory: [memory[5:7], memory],
+    "partly": lambda memory: [memory[:7], memory[5:]],
+    "with gaps": lambda memory: [memory[::2], memory[1::2], memory],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_share_memory_are_clipped_once_each(mode, scope, share, dtype):
+    before = share(torch.arange(12, dtype=dtype))
+    params = [nn.Parameter(torch.zeros(grad.shape, dtype=dtype)) for grad in before]
+    clip = AutoClip(params, percentile=0.0, mode=mode, scope=scope)
+    for size in (1.0, 8.0, 8.0):
+        for param, grad in zip(params, share(torch.arange(12, dtype=dtype) * size), strict=True):
+            param.grad = grad
+        clip.step()
+        for param, grad in zip(params, before, strict=True):
+            torch.testing.assert_close(param.grad, grad)
+    assert clip.steps == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_come_to_share_memory_are_clipped_once_each(mode, dtype):
+    """As those of two embeddings that are added do where a batch has one element."""
+    params = [nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for _ in range(2)]
+    clip = AutoClip(params, percentile=0.0, mode=mode)
+    for size, count in ((1.0, 4), (4.0, 1), (4.0, 4), (4.0, 1)):
+        for param in params:
+            param.grad = None
+        batch = [param[None] if count == 1 else param.expand(count, 2, 3) for param in params]
+        (sum(batch) * size / count).sum().backward()
+        assert (params[0].grad.data_ptr() == params[1].grad.data_ptr()) == (count == 1)
+        clip.step()
+        for param in params:
+            torch.testing.assert_close(param.grad, torch.ones(2, 3, dtype=dtype))
+
+
+def test_gradients_that_share_memory_keep_their_graph():
+    weight = torch.ones(3, requires_grad=True)
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    clip = AutoClip(params, percentile=0.0)
+    for size in (1.0, 4.0):
+        params[0].grad = params[1].grad = weight * size
+        clip.step()
+    (params[0].grad + params[1].grad).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full((3,), 2.0))
+
+
+def test_gradients_side_by_side_stay_where_they_are():
+    memory = torch.arange(24.0).view(4, 6)
+    params = [nn.Parameter(torch.zeros(4, 2)) for _ in range(3)]
+    for number, param in enumerate(params):
+        param.grad = memory[:, 2 * number : 2 * number + 2]
+    places = [param.grad.data_ptr() for param in params]
+    clip = AutoClip(params, percentile=0.0)
+    clip.step()
+    assert [param.grad.data_ptr() for param in params] == places
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_made_in_inference_mode_are_clipped(mode):
     weight = nn.Parameter(torch.zeros(2))
