@@ -62,8 +62,9 @@ def test_gradients_that_come_to_share_memory_are_clipped_once_each(mode, dtype):
     for size, count in ((1.0, 4), (4.0, 1), (4.0, 4), (4.0, 1)):
         for param in params:
             param.grad = None
-        joint = params[0].expand(count, 2, 3) + params[1].expand(count, 2, 3)
-        (joint * size / count).sum().backward()
+        batch = [param[None] if count == 1 else param.expand(count, 2, 3) for param in params]
+        (sum(batch) * size / count).sum().backward()
+        assert (params[0].grad.data_ptr() == params[1].grad.data_ptr()) == (count == 1)
         clip.step()
         for param in params:
             torch.testing.assert_close(param.grad, torch.ones(2, 3, dtype=dtype))
