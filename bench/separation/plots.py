@@ -62,8 +62,9 @@ def draw_curves(points: Sequence[Point], path: Path) -> None:
                 panel.fill_between([*curve], lowest, highest, color=COLOURS[percentile], alpha=0.2, linewidth=0)
         place = list(LOSSES).index(loss)
         ends = f"{PAPER[AUTOCLIP][place]:g} against {PAPER[NEVER][place]:g} dB"
-        panels[0][column].set_title(f"{LOSSES[loss].label} (the paper's large networks: {ends})", fontsize="medium")
+        panels[0][column].set_title(f"{LOSSES[loss].label}\nthe paper's large networks: {ends}", fontsize="medium")
         panels[1][column].set(xlabel="training step", ylabel="training loss, dB" if loss == "snr" else "training loss")
+        panels[1][column].locator_params(axis="x", nbins=5)
         panels[1][column].xaxis.set_major_formatter("{x:,.0f}")
     panels[0][0].set_ylabel("SI-SDR on the test set, dB")
     panels[0][0].legend(frameon=False, loc="lower right")

@@ -1,6 +1,6 @@
 """Thresholds found on the device: the same bits as those that the host finds, however late the norms arrive.
 
-A CPU has no copies that take time. Here their arrival is delayed by a seam, `Pending.has_arrived`, so that all states
+A CPU has no copies that take time. Here their arrival is delayed by a seam, `Crossing.has_arrived`, so that all states
 of an accelerator are met. Devices, simulated and real, are in test_torch_device.py.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach
-from autoclip_torch.deferred import MOST_PENDING, Pending
+from autoclip_torch.deferred import MOST_PENDING, Crossing
 from torch import nn
 
 from autoclip_core import AutoClipError, NonFiniteNormError
@@ -23,7 +23,7 @@ FIELDS = ("norm", "threshold", "scale", "clipped", "recorded")
 def late(monkeypatch):
     """Norms that arrive now and then, so that up to four are pending."""
     chance = np.random.default_rng(7)
-    monkeypatch.setattr(Pending, "has_arrived", lambda self: chance.random() < 0.3)
+    monkeypatch.setattr(Crossing, "has_arrived", lambda self: chance.random() < 0.3)
 
 
 def norms_of_a_run(count, seed=0):
@@ -136,7 +136,7 @@ def test_every_read_takes_in_what_is_pending(late):
 
 def test_fields_are_tensors_and_log_is_numbers_that_have_arrived(monkeypatch):
     arrived = False
-    monkeypatch.setattr(Pending, "has_arrived", lambda self: arrived)
+    monkeypatch.setattr(Crossing, "has_arrived", lambda self: arrived)
     for _, (clip,), (step,), _ in run([2.0, 4.0], [lambda p: AutoClip([p], 50.0, mode="deferred")]):
         assert all(isinstance(field, torch.Tensor) and field.shape == () for field in step)
         assert clip.log() == {}
@@ -261,7 +261,7 @@ def test_gradscaler_skips_are_not_seen(mode):
 
 
 def never_arrive(monkeypatch):
-    monkeypatch.setattr(Pending, "has_arrived", lambda self: False)
+    monkeypatch.setattr(Crossing, "has_arrived", lambda self: False)
 
 
 READS = {

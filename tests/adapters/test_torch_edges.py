@@ -9,7 +9,7 @@ from math import nan
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach, gradients, pipeline
-from autoclip_torch.deferred import Pending
+from autoclip_torch.deferred import Crossing
 from torch import nn
 
 from autoclip_core import NonFiniteNormError
@@ -250,7 +250,7 @@ def test_repeat_whose_step_failed_is_not_what_the_next_step_leaves(monkeypatch):
 @pytest.fixture
 def late(monkeypatch):
     """Norms arrive when somebody waits for them."""
-    monkeypatch.setattr(Pending, "has_arrived", lambda _: False)
+    monkeypatch.setattr(Crossing, "has_arrived", lambda _: False)
 
 
 @pytest.mark.usefixtures("late")
@@ -295,9 +295,10 @@ def test_late_norm_is_read_when_it_has_arrived():
         def synchronize(self):
             waited.append(True)
 
-    pending = Pending(torch.ones(1, dtype=torch.float64), torch.ones(1), 10.0)
-    pending._event = Event()
-    assert pending.wait() == [1.0]
+    crossing = Crossing(None)
+    crossing.send(torch.ones(1))
+    crossing._event = Event()
+    assert crossing.wait() == [1.0]
     assert waited == [True]
 
 
