@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "adapters/autoclip_torch/attach.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/clip.py": "autoclip_core autoclip_torch torch typing_extensions",
     "adapters/autoclip_torch/deepspeed.py": "autoclip_core autoclip_torch torch",
+    "adapters/autoclip_torch/decision.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/deferred.py": "autoclip_core autoclip_torch torch",
     "adapters/autoclip_torch/engines.py": "autoclip_core torch",
     "adapters/autoclip_torch/gradients.py": "autoclip_core autoclip_torch torch",
