@@ -85,6 +85,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_torch/agreement.py": _TORCH,
     "autoclip_torch/attach.py": _TORCH,
     "autoclip_torch/clip.py": _TORCH,
+    "autoclip_torch/decision.py": "test_torch_device test_torch_compile",
     "autoclip_torch/deepspeed.py": "test_torch_engines",
     "autoclip_torch/deferred.py": "test_torch_edges test_torch_deferred",
     "autoclip_torch/engines.py": "test_torch_engines",
