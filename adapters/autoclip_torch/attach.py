@@ -194,8 +194,11 @@ class StepHooks:
         self._optimizer = ref(optimizer)
         self._needs_closure = needs_closure(optimizer)
         self._gradient_arguments = gradient_arguments(optimizer)
+        kind = type(optimizer)
         # A step that is not torch's need not know of grad_scale, whatever it has inherited.
-        self._is_torch = type(optimizer).step.__module__.startswith("torch.optim.")
+        self._is_torch = kind.step.__module__.startswith("torch.optim.")
+        # And nothing of torch's own optimizers moves a gradient, or gives back its memory.
+        self._may_move = not (self._is_torch and kind.__module__.startswith("torch.optim."))
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
         self._gradients: Gradients | None = None  # of the step that is being made
@@ -292,7 +295,8 @@ class StepHooks:
         if self._has_nested and is_nested(optimizer):
             return
         if self._gradients is not None:
-            self._pipeline.touch(self._gradients, anew=True)
+            hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+            self._pipeline.touch(self._gradients, anew=self._may_move or hooks > len(self._handles))
         self._take_back()
         self._is_stepping = False
         if self._awaits_closure:

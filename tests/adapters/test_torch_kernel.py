@@ -531,6 +531,37 @@ def test_narrower_numbers_are_not_read_past_their_end(guarded, fingerprinted, mo
     assert fingerprinted == []
 
 
+class Hooked(torch.optim.SGD):
+    def _init_group(self, group, *rest):
+        for param in group["params"]:
+            take_memory(param.grad)
+            param.grad = None
+        return super()._init_group(group, *rest)
+
+
+@pytest.mark.parametrize("change", [lengthen, shorten, take_memory])
+@pytest.mark.parametrize("by", ["hook of before", "hook", "hook behind", "part of a step"])
+def test_memory_is_not_read_where_it_was_after_code_of_others(by, change, fingerprinted):
+    params = params_of(grads_of(3, 15))
+    optimizer = (Hooked if by == "part of a step" else torch.optim.SGD)(params, lr=0.0)
+
+    def hook(*_):
+        for param in params:
+            change(param.grad)
+            param.grad = None  # which no optimizer reads then
+
+    if by == "hook of before":
+        optimizer.register_step_post_hook(hook)
+    clip = attach(optimizer)
+    if by == "hook":
+        optimizer.register_step_pre_hook(hook)
+    elif by == "hook behind":
+        optimizer.register_step_post_hook(hook)
+    optimizer.step()
+    assert fingerprinted == [] or by == "hook behind"
+    assert clip.steps == 1
+
+
 def test_gradients_that_a_step_moves_are_known_again_in_the_next_one():
     clip, optimizer = attached_to(centralize, [torch.tensor([1.0, -1.0]), torch.tensor([2.0, -2.0])])
     for _ in range(3):
