@@ -15,8 +15,8 @@ import shutil
 import sys
 import textwrap
 import traceback
-from contextlib import suppress
-from io import BytesIO, TextIOWrapper
+from contextlib import redirect_stderr, suppress
+from io import BytesIO, StringIO, TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -47,6 +47,9 @@ _SNAPSHOT = b"\x89ACH"  # as autoclip.h draws it: a file that does not begin so 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    if sys.stderr is None:  # argparse does not ask
+        with redirect_stderr(StringIO()):
+            return main(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show is shown by its codes
             stream.reconfigure(errors="backslashreplace")
@@ -87,8 +90,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _complain(sentence: str, code: int = 1) -> int:
-    if sys.stderr is not None:
-        print("autoclip:", _printable(" ".join(sentence.split())), file=sys.stderr)
+    print("autoclip:", _printable(" ".join(sentence.split())), file=sys.stderr)
     return code
 
 

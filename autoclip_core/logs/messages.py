@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
     from autoclip_core.logs.found import Found
 
-# Nothing here backtracks over more than a word: a line may have any length.
-_WORD = r"[^\W\d][\w./-]{0,80}+(?!\()"
+# Nothing here backtracks over more than a word: a line may have any length. Possessive quantifiers would say so, but do
+# not hold what they promise before Python 3.11.5; what a lookahead has found is as final.
+_WORD = r"[^\W\d][\w./-]{0,80}(?![\w./(-])"
 _pairs = re.compile(
-    rf"(?<![\w./-])({_WORD}(?: {_WORD}){{0,3}}+)['\"]?"  # the name
+    rf"(?<![\w./-])(?=({_WORD}(?: {_WORD}){{0,3}}))\1['\"]?"  # the name
     r"(?:\s*([:=])\s*|\s+)['\"]?(?:[\w.]+\()?"
-    r"((?:[^\s,;|'\"(){}\[\]:=]|,(?=\d))++)"  # the number; with a comma in it, it is none
+    r"((?:[^\s,;|'\"(){}\[\]:=]+|,(?=\d))+)"  # the number; with a comma in it, it is none
 ).finditer
 
 _without_colours = re.compile(r"\x1b\[[\d;]*m").sub
