@@ -7,7 +7,7 @@ What shaped this module, and must stay true:
 - Torch is told of every write: autograd must see that a gradient has changed.
 - Sums are of doubles, and a norm does not depend on the order of the tensors.
 - No tensor is kept from step to step, nor its address: `zero_grad` makes every gradient a new tensor, and where it does
-  not, the same tensor may have other memory by now. So it may after an optimizer's step, which is code of others.
+  not, the same tensor may have other memory by now. So it may behind an optimizer's step, if code of others took part.
 """
 
 from __future__ import annotations
