@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from autoclip_core import AutoClipError
-from autoclip_torch.gradients import widest
+from autoclip_torch.devices import widest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

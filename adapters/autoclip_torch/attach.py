@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from autoclip_core import AutoClipError, AutoClipTypeError, AutoClipValueError
+from autoclip_torch.batches import version
 from autoclip_torch.clip import AutoClip
 from autoclip_torch.decision import DeviceStep
+from autoclip_torch.devices import as_tensor, moved
 from autoclip_torch.engines import deepspeed_in
-from autoclip_torch.gradients import as_tensor, is_dropped, moved
+from autoclip_torch.gradients import is_dropped
 from autoclip_torch.groups import Groups, name_of
 from autoclip_torch.optimizers import (
     gradient_arguments,
@@ -201,7 +203,9 @@ class StepHooks:
         self._may_move = not (self._is_torch and kind.__module__.startswith("torch.optim."))
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
-        self._gradients: Gradients | None = None  # of the step that is being made
+        # Of the step that is being made: its gradients, what was decided, whether the optimizer scales them, whether
+        # they are unscaled, and the version of the first one.
+        self._clipped: tuple[Gradients, dict[int, ClipStep] | DeviceStep, bool, bool, int] | None = None
         self._is_stepping = self._has_nested = False
         self._awaits_closure = False  # which this step has not called yet
         self._watch = Watch(optimizer)
@@ -294,9 +298,12 @@ class StepHooks:
             return
         if self._has_nested and is_nested(optimizer):
             return
-        if self._gradients is not None:
+        if self._clipped is not None:
+            gradients, steps, folds, exactly, written = self._clipped
+            exactly = exactly and version(gradients.first) == written
             hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-            self._pipeline.touch(self._gradients, anew=self._may_move or hooks > len(self._handles))
+            anew = self._may_move or hooks > len(self._handles)
+            self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=exactly, anew=anew)
         self._take_back()
         self._is_stepping = False
         if self._awaits_closure:
@@ -329,8 +336,7 @@ class StepHooks:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=grad_scale is None)
-        self._gradients = gradients
+        self._clipped = gradients, steps, folds, grad_scale is None, version(gradients.first)
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
         """Have the optimizer leave everything alone if the step is dropped."""
@@ -366,7 +372,7 @@ class StepHooks:
 
     def _take_back(self) -> None:
         """Undo what was done to the optimizer for the time of its step."""
-        self._gradients = None
+        self._clipped = None
         if self._hidden:
             for param, grad in self._hidden:
                 if param.grad is None:

@@ -245,7 +245,6 @@ class AutoClip(Generic[Steps]):
         steps = pipeline.decide(gradients, norms)
         pipeline.apply(gradients, steps)
         pipeline.leave(gradients, steps)
-        pipeline.touch(gradients)
         if isinstance(steps, DeviceStep):
             present = gradients.present
             steps = {index: step for index, step in enumerate(steps.of_groups()) if index in present}

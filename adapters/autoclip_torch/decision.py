@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from autoclip_core import ClipStep, arrays
-from autoclip_torch.gradients import moved
+from autoclip_torch.devices import moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, arrays
 from autoclip_torch.decision import Decisions, DeviceStep
-from autoclip_torch.gradients import has_float64
+from autoclip_torch.devices import CPU, has_events, has_float64, has_pinned_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -153,11 +153,7 @@ def _check(device: torch.device) -> None:
         raise AutoClipValueError(
             f'mode="deferred" needs float64 for thresholds that are exact, which {device.type} lacks; use "immediate".'
         )
-    if device.type != "cpu":
-        try:
-            torch.Event(device)
-            torch.empty(1, device="cpu", pin_memory=True)
-        except RuntimeError as error:
-            raise AutoClipError(
-                f'mode="deferred" needs events and pinned memory, which torch lacks for {device.type}; use "immediate".'
-            ) from error
+    if device != CPU and not (has_events(device) and has_pinned_memory(device)):
+        raise AutoClipError(
+            f'mode="deferred" needs events and pinned memory, which torch lacks for {device.type}; use "immediate".'
+        )

@@ -13,44 +13,36 @@ What shaped this module, and must stay true:
   once for all parameters, whichever of them have gradients on a rank: no rank may be missing when norms are added up.
 - No memory is scaled twice: gradients of several parameters may be one tensor, or lie in the memory of one.
 - A non-finite gradient is never multiplied: 0 times infinity is NaN.
-- Every tensor is made on a device that is named: a program may have set another default.
 """
 
 from __future__ import annotations
 
 import sys
-from array import array
 from bisect import bisect
 from collections import Counter
-from functools import cache, partial
-from itertools import chain, islice, repeat
-from math import inf, sqrt
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
+from autoclip_torch.batches import ForeachBatch, version
+from autoclip_torch.devices import CPU, as_tensor, moved, widest
+from autoclip_torch.kernel import KernelBatch
 from autoclip_torch.layout import Kind, Layout, guards_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed import ProcessGroup
 
     from autoclip_core import ClipStep
+    from autoclip_torch.batches import Batch
 
-_CPU = torch.device("cpu")
-_MOST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
-_LARGE = 2**16  # elements
-_HEAD = 64
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LOWEST = 0 if sys.byteorder == "little" else -1  # which part of an integer has its lowest bits
-
-# Of one tensor after the other, without a word of Python in between.
-_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
-_version, _scale = attrgetter("_version"), attrgetter("scale")
+# Of one object after the other, without a word of Python in between.
+_grad, _scale, _versions = attrgetter("grad"), attrgetter("scale"), methodcaller("versions")
 
 # The norm of a group without gradients, and of any other that is not to be seen. No norm is a negative zero.
 NOT_SEEN = -0.0
@@ -75,6 +67,7 @@ class Gradients:
     is_shared: bool  # whether norms are added up over ranks
     layout: Layout  # of these gradients
     joint: Tensor | None = None  # squares of the norms over the process group and of this rank, once they are measured
+    _batches: list[Batch]
     _dtensor: Any = ()
     _shards_of: Mapping[tuple[Any, Any], tuple[ProcessGroup, ...]] = {}
 
@@ -94,14 +87,14 @@ class Gradients:
             self._sort(groups)
         else:
             self.layout = layout
-            self._batches = list(map(_batch, batches))
+            self._batches = batches
             self.first = self._batches[0].tensors[0]
         if device is not None and device in self.layout.devices:
             self.device = device
         elif self._batches:
             self.device = self._batches[0].kind.device
         else:
-            self.device = next((param.device for params in groups for param in params), _CPU)
+            self.device = next((param.device for params in groups for param in params), CPU)
 
     def _find_shards(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Find which ranks have the other shards of DTensors, if parameters are such."""
@@ -135,19 +128,19 @@ class Gradients:
                         _clone_grad(param)
                         tensor, shards = self._local(param)
                     is_taken = has_kernel and kernel.takes(tensor)
-                    key = (_CPU if is_taken else tensor.device, tensor.dtype, shards, is_taken)
+                    key = (CPU if is_taken else tensor.device, tensor.dtype, shards, is_taken)
                     found.setdefault(key, []).append((tensor, len(tensors), index))
                     tensors.append(tensor)
                 grads.append(param.grad)
         self._batches = []
         for (device, dtype, shards, is_taken), items in found.items():
             alike, places, indices = map(list, zip(*items, strict=True))
-            memory = kernel.Layout(alike) if is_taken else None
+            memory, batch = (kernel.Layout(alike), KernelBatch) if is_taken else (None, ForeachBatch)
             sizes = Counter(indices)
-            kind = Kind(device, dtype, shards, memory, guards_of(alike), places, list(sizes), list(sizes.values()))
-            self._batches.append(
-                _Batch(kind, alike, None if memory is None else memory.measure(kernel.addresses_of(alike)))
-            )
+            guards = guards_of(alike)
+            kind = Kind(device, dtype, shards, memory, batch, guards, places, list(sizes), list(sizes.values()))
+            addresses = list(map(kernel.address, alike)) if is_taken else []
+            self._batches.append(batch(kind, alike, addresses))
         kinds = [batch.kind for batch in self._batches]
         self.layout = Layout(grads, tensors, kinds, may_return=not found_shared)
 
@@ -181,7 +174,7 @@ class Gradients:
         """Return a number that grows when somebody writes to a gradient so that torch knows it."""
         if self.is_shared:  # whether other ranks get gradients of their later parameters is not known here
             return version(self.first)
-        return sum(map(_Batch.versions, self._batches))
+        return sum(map(_versions, self._batches))
 
     def heads(self, *, anew: bool = False) -> list[int | list[Tensor]]:
         """Return of each batch the bits of some elements, or a fingerprint; none if ranks, which must agree, differ.
@@ -247,15 +240,8 @@ class Gradients:
         """Multiply the gradients of each group by its scale; where they carry a graph, it is a constant of that."""
         for batch in self._batches:
             factors = [steps[index].scale for index in batch.kind.groups]
-            if factors.count(1.0) == len(factors):
-                continue
-            if batch.memory is not None:
-                each = batch.factors(factors)
-                changed = batch.changed(each) if 1.0 in factors else batch.tensors
-                batch.memory.scale_(each, changed)
-            else:
-                with torch.set_grad_enabled(batch.carries_graph()):
-                    batch.scale_(factors)
+            if factors.count(1.0) < len(factors):
+                batch.scale_(factors)
 
     def scale_on_device_(self, scales: Tensor, kept: Tensor | None) -> None:
         """Do what `scale_` does with scales that the host does not know.
@@ -266,113 +252,17 @@ class Gradients:
                 (1,); None: it is not dropped.
         """
         for batch in self._batches:
-            with torch.set_grad_enabled(batch.carries_graph()):
-                batch.scale_on_device_(scales, kept)
+            batch.scale_on_device_(scales, kept)
 
     def zero_(self) -> None:
         """Set all gradients to zero."""
         for batch in self._batches:
-            with torch.set_grad_enabled(batch.carries_graph()):
-                torch._foreach_zero_(batch.tensors)
-
-
-class _Batch(NamedTuple):
-    """Real, dense, local tensors of one kind that share their memory with gradients."""
-
-    kind: Kind
-    tensors: list[Tensor]
-    memory: kernel.Memory | None  # of all of them, if the kernel takes them
-
-    def norms(self, least: torch.dtype) -> Tensor | list[float]:
-        """Return the norm of each group that is here; as numbers, if the kernel has measured them."""
-        sizes = self.kind.sizes
-        if self.memory is None:
-            return _norms_of_groups(self.tensors, sizes, least)
-        found = self.memory.norms
-        if len(sizes) == 1:
-            found = [kernel.joint_norm(found)]
-        elif len(sizes) < len(found):
-            norms = iter(found)
-            found = [kernel.joint_norm(list(islice(norms, size))) for size in sizes]
-        # Where torch measures in float32, squares overflow. A step must not depend on who does it.
-        if not max(found) <= _MOST and least == self.kind.dtype == torch.float32:
-            found = [inf if norm > _MOST else norm for norm in found]
-        return found
-
-    def versions(self) -> int:
-        """Return the sum of the versions; of small tensors on a CPU, of some of them."""
-        if self.memory is not None:  # the kernel takes no inference tensors, and time counts
-            some = self.tensors[:: len(self.tensors) // 4 + 1]
-            return sum(map(_version, [*some, self.tensors[-1]]))
-        return sum(map(version, self.tensors))
-
-    def heads(self, *, anew: bool) -> int | list[Tensor]:
-        """Return the bits of the first elements of the first and of the last tensor; or a fingerprint of all."""
-        if self.memory is not None:
-            return self.kind.fingerprint(self.tensors) if anew else self.memory.fingerprint()
-        ends = (0, -1) if len(self.tensors) > 1 else (0,)
-        return [head(self.tensors[at]) for at in ends]
-
-    def carries_graph(self) -> bool:
-        """Return whether gradients are part of a graph (create_graph=True), which their scaling can enter as well."""
-        in_graph = list(filter(_requires_grad, self.tensors))
-        return bool(in_graph) and not any(tensor.is_leaf or tensor._is_view() for tensor in in_graph)
-
-    def scale_(self, factors: list[float]) -> None:
-        """Multiply the tensors of each group by its factor."""
-        if len(factors) == 1:
-            torch._foreach_mul_(self.tensors, _factor(factors[0], self.tensors[0]))
-        else:
-            each = self.factors(factors)
-            torch._foreach_mul_(self.changed(each), [factor for factor in each if factor != 1.0])
-
-    def factors(self, of_groups: list[float]) -> array[float]:
-        """Return the factor of each tensor."""
-        sizes = self.kind.sizes
-        if len(sizes) == 1:
-            return array("d", of_groups) * sizes[0]
-        return array("d", chain.from_iterable(map(repeat, of_groups, sizes)))
-
-    def changed(self, factors: array[float]) -> list[Tensor]:
-        """Return the tensors whose factor is not 1."""
-        return [tensor for tensor, factor in zip(self.tensors, factors, strict=True) if factor != 1.0]
-
-    def scale_on_device_(self, scales: Tensor, kept: Tensor | None) -> None:
-        """Multiply each tensor by the scale of its group; and by what is `kept`, bit by bit, so that NaN becomes 0."""
-        device, dtype = self.kind.device, self.kind.dtype
-        for factors in _factors(scales, device, dtype):
-            start = 0
-            for index, size in zip(self.kind.groups, self.kind.sizes, strict=True):
-                _multiply_(self.tensors[start : start + size], factors[index])
-                start += size
-        if kept is not None:
-            bits = _BITS[dtype.itemsize]
-            torch._foreach_mul_([tensor.view(bits) for tensor in self.tensors], moved(kept, device).view(bits)[_LOWEST])
-
-
-_batch: Callable[[tuple[Any, ...]], _Batch] = partial(tuple.__new__, _Batch)  # in a third of the time of _Batch._make
+            batch.zero_()
 
 
 def is_dropped(steps: Mapping[int, ClipStep]) -> bool:
     """Return whether the update must not be made: one group without a finite norm spoils it."""
     return 0.0 in map(_scale, steps.values())
-
-
-def head(tensor: Tensor) -> Tensor:
-    """Return the bits of the first elements, shape (bytes,)."""
-    if tensor.is_contiguous():
-        tensor = tensor.view(-1)
-    while tensor.dim() > 1:
-        tensor = tensor[0]
-    return tensor[:_HEAD].contiguous().view(torch.uint8)
-
-
-def version(tensor: Tensor | None) -> int:
-    """Return how often a tensor was written to so that torch knows it; an inference tensor does not count."""
-    try:
-        return tensor._version  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return 0
 
 
 def _is_read_only(grad: Any) -> bool:
@@ -418,143 +308,10 @@ def _take(taken: list[tuple[int, int]], tensor: Tensor) -> bool:
     return True
 
 
-@cache
-def has_float64(device: torch.device) -> bool:
-    """Return whether the device computes in float64."""
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    try:
-        torch.ones(1, dtype=torch.float64, device=device).sqrt_()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 where the device has nothing wider."""
-    return torch.float64 if has_float64(device) else torch.float32
-
-
-def as_tensor(norms: Tensor | list[float]) -> Tensor:
-    """Return norms as a tensor, if they are not one."""
-    # torch.tensor takes three times as long.
-    return norms if isinstance(norms, Tensor) else torch.frombuffer(array("d", norms), dtype=torch.float64)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether what is asked of the device is recorded for a graph, and not done."""
-    if device == _CPU:
-        return False
-    asks = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return asks is not None and asks()
-
-
-def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the tensor on that device. The host waits only where it is to have the values itself."""
-    if device.type == "cpu" or (tensor.is_cpu and not _has_pinned_memory(device)):
-        return tensor.to(device, dtype or tensor.dtype)
-    # The device reads memory of the host by itself only if it is pinned.
-    source = tensor.pin_memory() if tensor.is_cpu else tensor
-    return source.to(device, dtype or tensor.dtype, non_blocking=True)
-
-
-@cache
-def _has_pinned_memory(device: torch.device) -> bool:
-    """Return whether there is memory of the host that the device can read by itself."""
-    if device.type == "cuda":
-        return True
-    try:
-        torch.empty(1, device="cpu").pin_memory()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _factor(scale: float, tensor: Tensor) -> float | Tensor:
-    # On a CPU a Python number is made a tensor again for each tensor: 119 us for a hundred small ones, and 38 us so.
-    on_cpu = tensor.device.type == "cpu"
-    return torch.tensor(scale, dtype=_wide(tensor.dtype), device="cpu") if on_cpu else scale
-
-
-def _factors(scales: Tensor, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return what to multiply gradients of this dtype by, one factor of all groups after the other.
-
-    On a CPU half precision is multiplied by float32. Elsewhere a factor has the dtype of the tensors, or each tensor is
-    a launch, and the factor is rounded to that dtype even so. float16 has a function of its own that takes a float32.
-    bfloat16 has none. A bfloat16 scale errs by up to 0.4 %, and so does the norm that is left; as a product of two it
-    errs by less than 0.04 %, for one pass more. The norm of normally distributed gradients then errs by 0.03 % (root
-    mean square; 0.16 % with one factor, and 0.014 % with a float32, because elements are rounded to bfloat16).
-    """
-    if dtype != torch.bfloat16 or device.type == "cpu":
-        return [moved(scales, device, _wide(dtype))]
-    scales = moved(scales, device)
-    place = (scales.view(torch.int64) >> _MANTISSA - _PLACES) & 2**_PLACES - 1
-    first = _first_factors(device).index_select(0, place)
-    second = torch.div(scales, first, out=torch.empty(scales.shape, dtype=dtype, device=device))
-    return [first, second]
-
-
-# Bits of a float64 after the point, and how many of them decide about the first of two factors.
-_MANTISSA = 52
-_PLACES = 12
-
-
-@cache
-def _first_factors(device: torch.device) -> Tensor:
-    """Return by the first digits of a number the bfloat16 that, with a second one, has a product nearest to it."""
-    numbers = 1 + (torch.arange(2**_PLACES, dtype=torch.float64, device="cpu")[:, None] + 0.5) / 2**_PLACES
-    numbers[0] = 1.0  # it is to be 1 times 1
-    first = 1 + torch.arange(128, dtype=torch.float64, device="cpu") / 128
-    second = (numbers / first).to(torch.bfloat16)
-    best = (first * second / numbers - 1).abs().argmin(1)
-    return moved(first[best].to(torch.bfloat16), device)
-
-
-def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
-    if tensors[0].dtype == torch.float16 and factor.device.type != "cpu":
-        # What a GradScaler divides with. It reports infinities, which nobody reads here.
-        unread = torch.empty((), dtype=torch.float32, device=factor.device)
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, unread, factor)
-    else:
-        torch._foreach_mul_(tensors, factor)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _norms(tensors: list[Tensor], least: torch.dtype) -> list[Tensor]:
-    wide = torch.promote_types(tensors[0].dtype, least)
-    norms: dict[int, Tensor] = {}
-    if tensors[0].device.type == "cpu" and tensors[0].dtype == wide:
-        # There the BLAS takes half the time of torch's norm of large tensors, and errs by 1e-7 where that errs by 1e-5.
-        for at, tensor in enumerate(tensors):
-            if tensor.numel() >= _LARGE and tensor.is_contiguous():
-                flat = tensor.view(-1)
-                norms[at] = torch.dot(flat, flat).sqrt()
-    others = [at for at in range(len(tensors)) if at not in norms]
-    if others:
-        norms.update(zip(others, torch._foreach_norm([tensors[at] for at in others], 2.0, dtype=wide), strict=True))
-    return [norms[at] for at in range(len(tensors))]
-
-
-@torch.no_grad()
-def _norms_of_groups(tensors: list[Tensor], sizes: list[int], least: torch.dtype) -> Tensor:
-    norms = torch.stack(_norms(tensors, least))
-    if len(sizes) == 1:
-        norm: Tensor = torch.linalg.vector_norm(norms)
-        return norm.reshape(1)
-    if len(sizes) == len(tensors):
-        return norms
-    return torch.stack(torch._foreach_norm(torch.split(norms, sizes)))
-
-
-def _name(batch: _Batch) -> str:
+def _name(batch: Batch) -> str:
     # In an order that does not depend on that of the gradients, for sums do.
-    device, dtype, _, memory, *_ = batch.kind
-    return f"{device} {dtype} {memory is not None}"
+    kind = batch.kind
+    return f"{kind.device} {kind.dtype} {kind.memory is not None}"
 
 
 def _place(param: Any) -> tuple[Any, Any]:

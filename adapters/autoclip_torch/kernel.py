@@ -13,24 +13,34 @@ What shaped this module, and must stay true:
 from __future__ import annotations
 
 from array import array
-from functools import cache, partial
-from math import hypot
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from itertools import islice
+from math import hypot, inf, sqrt
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from autoclip_core import BackendError, kernel_functions
+from autoclip_torch.batches import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from autoclip_torch.layout import Kind
 
 _WIDTHS = {torch.float32: 4, torch.float64: 8}
+_LARGEST = sqrt(torch.finfo(torch.float32).max)  # the largest number with a square in float32
 
 # In elements. Torch shares out a larger tensor to threads of its own. They spin for a while after each task, and would
 # keep threads of ours from their processors.
 _MOST = 2**18
+
+# Of one tensor after the other, without a word of Python in between. An address is 0 where there is no memory, and
+# a RuntimeError where a tensor hides it.
+address, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 def is_watched() -> bool:
@@ -62,15 +72,6 @@ def takes(tensor: Tensor) -> bool:
     return address != 0 and address % width == 0
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return where tensors begin, 0 of one that has no memory.
-
-    Raises:
-        RuntimeError: one hides from whoever asks.
-    """
-    return list(map(Tensor.data_ptr, tensors))
-
-
 class Layout:
     """What the kernel must know of tensors besides their addresses.
 
@@ -80,62 +81,78 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._sizes = array("Q", map(Tensor.numel, tensors))
-        self._no_norms = array("d", [0.0]) * len(self._sizes)
+        self.no_norms = array("d", [0.0]) * len(self._sizes)
         # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
-        self._arguments = self._sizes.buffer_info()[0], len(self._sizes), _WIDTHS[tensors[0].dtype]
-
-    def measure(self, places: Sequence[int]) -> Memory | None:
-        """Measure tensors that differ from those in their addresses alone; return None if one has no memory."""
-        addresses = array("Q", places)  # of an iterator an array takes longer
-        norms = self._no_norms[:]
-        arguments = addresses.buffer_info()[0], *self._arguments
-        if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
-            return None
-        return _memory((norms.tolist(), arguments, (self, addresses)))
+        self.arguments = self._sizes.buffer_info()[0], len(self._sizes), _WIDTHS[tensors[0].dtype]
 
     def has(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether tensors, which are looked at one after the other, differ in their addresses alone."""
-        width = self._arguments[-1]
+        width = self.arguments[-1]
         alike = (takes(tensor) and tensor.itemsize == width for tensor in tensors)
         return all(alike) and array("Q", map(Tensor.numel, tensors)) == self._sizes
 
-    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
-        """Return what `Memory.fingerprint` does, of tensors that may have other memory than when they were measured.
+
+class KernelBatch(Batch):
+    """Tensors that the kernel takes, measured as soon as they are here.
+
+    Raises:
+        RuntimeError: one has no memory.
+    """
+
+    __slots__ = ("_addresses", "_arguments", "_layout", "_norms")
+
+    def __init__(self, kind: Kind, tensors: list[Tensor], places: Sequence[int]) -> None:
+        self.kind = kind
+        self.tensors = tensors
+        self._layout = layout = cast("Layout", kind.memory)
+        self._addresses = addresses = array("Q", places)  # of an iterator an array takes longer
+        self._arguments = arguments = addresses.buffer_info()[0], *layout.arguments
+        norms = layout.no_norms[:]
+        if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
+            raise RuntimeError("A gradient has no memory.")
+        self._norms: list[float] = norms.tolist()
+
+    def norms(self, least: torch.dtype) -> list[float]:
+        """Return the norm of each group that is here, whatever the order of its tensors is."""
+        sizes, found = self.kind.sizes, self._norms
+        if len(sizes) == 1:
+            found = [hypot(*sorted(found))]
+        elif len(sizes) < len(found):
+            norms = iter(found)
+            found = [hypot(*sorted(islice(norms, size))) for size in sizes]
+        # Where torch measures in float32, squares overflow. A step must not depend on who does it.
+        if not max(found) <= _LARGEST and least == self.kind.dtype == torch.float32:
+            found = [inf if norm > _LARGEST else norm for norm in found]
+        return found
+
+    def versions(self) -> int:
+        """Return the sum of the versions of some, for time counts; the kernel takes no inference tensors."""
+        some = self.tensors[:: len(self.tensors) // 4 + 1]
+        return sum(map(_version, [*some, self.tensors[-1]]))
+
+    def heads(self, *, anew: bool) -> int:
+        """Return a number that tells where the tensors are, and their first elements, from others.
 
         Raises:
-            RuntimeError: one has no memory.
+            RuntimeError: the kernel must not have them any more.
         """
-        addresses = array("Q", addresses_of(tensors))
-        if 0 in addresses:
-            raise RuntimeError("The memory of a gradient has been given back.")
-        found: int = _functions().tensors_fingerprint(addresses.buffer_info()[0], *self._arguments)
+        arguments = self._arguments
+        if anew:
+            guards = self.kind.guards
+            if not (guards.check(*self.tensors) if guards is not None else self._layout.has(self.tensors)):
+                raise RuntimeError("A gradient has become another kind of tensor.")
+            addresses = array("Q", list(map(address, self.tensors)))
+            if 0 in addresses:
+                raise RuntimeError("The memory of a gradient has been given back.")
+            arguments = addresses.buffer_info()[0], *arguments[1:]
+        found: int = _functions().tensors_fingerprint(*arguments)
         return found
 
-
-class Memory(NamedTuple):
-    """The elements of tensors, as the kernel takes them, and their norms as they were measured."""
-
-    norms: list[float]
-    arguments: tuple[int, ...]
-    owners: Any  # of what the arguments point to
-
-    def scale_(self, factors: array[float], changed: Sequence[Tensor]) -> None:
-        """Multiply each tensor by its factor; those that are changed by it are given for torch to know."""
-        increment_version(changed)
-        _functions().tensors_scale(*self.arguments, factors.buffer_info()[0])
-
-    def fingerprint(self) -> int:
-        """Return a number that tells where the tensors are, and their first elements, from others."""
-        found: int = _functions().tensors_fingerprint(*self.arguments)
-        return found
-
-
-_memory: Callable[[tuple[Any, ...]], Memory] = partial(tuple.__new__, Memory)  # in half the time of Memory()
-
-
-def joint_norm(norms: Sequence[float]) -> float:
-    """Return the L2 norm of all from the norms of parts, whatever their order is."""
-    return hypot(*sorted(norms))
+    def scale_(self, factors: Sequence[float]) -> None:
+        """Multiply the tensors of each group by its factor, and let torch know."""
+        each = self._of_each(factors)
+        increment_version(self._changed(each) if 1.0 in factors else self.tensors)
+        _functions().tensors_scale(*self._arguments, each.buffer_info()[0])
 
 
 @cache

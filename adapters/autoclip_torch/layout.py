@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from autoclip_torch.batches import Batch
+
 
 class Kind(NamedTuple):
     """What the tensors of a batch have in common, and where they belong."""
@@ -27,23 +29,12 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     shards: tuple[ProcessGroup, ...]  # over which they are sharded
-    memory: kernel.Layout | None  # of all of them, if the kernel takes them
+    memory: kernel.Layout | None  # if the kernel takes them: what it must know
+    batch: type[Batch]  # what measures and scales them
     guards: Any  # what tells tensors like these from others at once; None if that is not to be had
     places: list[int]  # of their gradients, among all that there are
     groups: list[int]  # that have any of them, ascending
     sizes: list[int]  # how many each of these groups has
-
-    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
-        """Return by what the kernel knows the tensors of the batch, which others may have changed since.
-
-        Raises:
-            RuntimeError: the kernel must not have them any more.
-        """
-        memory: Any = self.memory
-        if not (self.guards.check(*tensors) if self.guards is not None else memory.has(tensors)):
-            raise RuntimeError("A gradient has become another kind of tensor.")
-        found: int = memory.fingerprint(tensors)
-        return found
 
 
 class Layout:
@@ -73,12 +64,12 @@ class Layout:
         self._places = 0  # in memory, where the tensors begin; those that have none count once
         if self._is_guarded:
             try:
-                self._places = len(set(kernel.addresses_of(tensors)))
+                self._places = len(set(map(kernel.address, tensors)))
             except RuntimeError:
                 self._is_guarded = False
 
-    def sort(self, grads: Sequence[Any]) -> list[tuple[Kind, Sequence[Tensor], kernel.Memory | None]] | None:
-        """Return the kind, the tensors and the memory of each batch; None if the gradients are not like those before.
+    def sort(self, grads: list[Any]) -> list[Batch] | None:
+        """Return the batches; None if the gradients are not like those before.
 
         Args:
             grads: of the same parameters.
@@ -89,21 +80,19 @@ class Layout:
             if [grad is None for grad in grads] != self._absent:
                 return None
             grads = [grad for grad in grads if grad is not None]
-        batches, places = [], set()
+        batches: list[Batch] = []
+        places: set[int] = set()
         for kind in self.kinds:
             tensors = grads if len(self.kinds) == 1 else [grads[at] for at in kind.places]
             # Where no graph is made, the guards do not ask for one.
             if not kind.guards.check(*tensors) or tensors[0].requires_grad:
                 return None
             try:
-                addresses = kernel.addresses_of(tensors)
+                addresses = list(map(kernel.address, tensors))
+                batches.append(kind.batch(kind, tensors, addresses))
             except RuntimeError:
                 return None
             places.update(addresses)
-            memory = None
-            if kind.memory is not None and (memory := kind.memory.measure(addresses)) is None:
-                return None
-            batches.append((kind, tensors, memory))
         # Fewer places: some have come to share memory, and have to be told apart.
         return batches if len(places) >= self._places else None
 

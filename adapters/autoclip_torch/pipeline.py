@@ -22,17 +22,9 @@ from autoclip_core import AutoClip, AutoClipError, AutoClipValueError, ClipStep,
 from autoclip_torch.agreement import Agreement
 from autoclip_torch.decision import DeviceStep
 from autoclip_torch.deferred import Deferred
+from autoclip_torch.devices import CPU, as_tensor, has_float64, is_capturing, moved, widest
 from autoclip_torch.engines import refuse_parts
-from autoclip_torch.gradients import (
-    NOT_SEEN,
-    Gradients,
-    as_tensor,
-    has_float64,
-    is_capturing,
-    is_dropped,
-    moved,
-    widest,
-)
+from autoclip_torch.gradients import NOT_SEEN, Gradients, is_dropped
 from autoclip_torch.plateau import Plateau
 from autoclip_torch.repeats import Repeats
 from autoclip_torch.sharing import Sharing
@@ -202,7 +194,7 @@ class Pipeline:
         if gradients.layout is not self._layout:
             self._layout = gradients.layout if gradients.plain else None
             self._is_deferred = self._mode == "deferred" or (self._mode == "auto" and _is_deferred_for(gradients))
-            self._is_on_host = gradients.layout.devices == {torch.device("cpu")}
+            self._is_on_host = gradients.layout.devices == {CPU}
         # Before anything is asked of the device: that would spoil the capture.
         if not self._is_on_host and is_capturing(gradients.device):
             raise AutoClipError(
@@ -301,26 +293,20 @@ class Pipeline:
         *,
         may_keep_nonfinite: bool = False,
         exactly: bool = True,
+        anew: bool = False,
     ) -> None:
-        """Remember the gradients as they are left, so as to know them again; `touch` them at the end.
+        """Remember the gradients as a step leaves them, so as to know them again; nobody writes to them any more in it.
 
         Args:
             gradients: measured before.
             steps: what was decided.
             may_keep_nonfinite: whether those of a dropped step are as they were, and not zeros.
-            exactly: whether those that are not clipped stay as they were measured.
+            exactly: whether those that are not clipped are as they were measured: fused optimizers write the gradients
+                that they have scaled.
+            anew: whether code of others has run since, and may have moved them, or given back their memory.
         """
         may_keep_nonfinite |= self._options["nonfinite"] == "pass"
-        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly)
-
-    def touch(self, gradients: Gradients, *, anew: bool = False) -> None:
-        """Take gradients as they are for ours, when nobody writes to them any more in this step.
-
-        Args:
-            gradients: measured before.
-            anew: whether code of others has run since.
-        """
-        self.repeats.touch(gradients, anew=anew)
+        self.repeats.leave(gradients, steps, may_keep_nonfinite=may_keep_nonfinite, exactly=exactly, anew=anew)
         if self._sharing.shared:
             self._sharing.mark(self.latest)
 
@@ -383,6 +369,8 @@ class Pipeline:
 
 def _found(norms: list[float]) -> dict[int, float]:
     """Return the norms by their groups, without those that are `NOT_SEEN`."""
+    if NOT_SEEN not in norms:  # which is equal to any zero
+        return dict(enumerate(norms))
     return {index: norm for index, norm in enumerate(norms) if norm != 0.0 or copysign(1.0, norm) > 0.0}
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from autoclip_core import ClipStep
 from autoclip_torch.decision import DeviceStep
-from autoclip_torch.gradients import is_dropped, moved, version
+from autoclip_torch.devices import moved
+from autoclip_torch.gradients import is_dropped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,62 +46,53 @@ _marks = count()
 class Repeats:
     """The gradients that the latest step left."""
 
-    # The step of each group, by its index; or, of a device, norms and scales, shape (2, groups), and until `touch` has
-    # copied them, the step itself. None: whatever comes is new.
-    _left: Mapping[int, ClipStep] | DeviceStep | Tensor | None = None
+    # The step of each group, by its index; or, of a device, norms and scales, shape (2, groups).
+    # None: whatever comes is new.
+    _left: Mapping[int, ClipStep] | Tensor | None = None
     # Whether the gradients at hand are those; on a device, with the norms and tolerances that they were left with.
     _same: bool | tuple[Tensor, Tensor, Tensor] = False
     _before: tuple[Tensor, Tensor, Tensor] | None = None  # the same of the latest step
     _mark: int | None = None  # of the first gradient of this rank, if there is one
-    _version = 0  # of it, when it was left
-    _versions = 0  # of all, after the step
+    _versions = 0  # of all
     _samples: Sequence[_Sample] = ()
     _is_exact = True  # whether a norm that AutoClip did not scale is what was measured
     _are_zeros = True
 
     def leave(
-        self, gradients: Gradients, steps: dict[int, ClipStep] | DeviceStep, *, may_keep_nonfinite: bool, exactly: bool
+        self,
+        gradients: Gradients,
+        steps: dict[int, ClipStep] | DeviceStep,
+        *,
+        may_keep_nonfinite: bool,
+        exactly: bool,
+        anew: bool,
     ) -> None:
-        """Remember what a step leaves (see Pipeline.leave), whose elements `touch` is to see as they are then."""
-        same = self._same
-        if same is True:
-            return
+        """Remember what a step leaves (see Pipeline.leave)."""
+        same, left = self._same, self._left
         self.forget()
-        first = gradients.first
-        if first is not None:
+        if (first := gradients.first) is not None:
             self._mark = next(_marks)
             setattr(first, _MARK, self._mark)
         elif gradients.is_shared:
             self._mark = None
         else:
             return  # where nobody has a gradient there is nothing to be left
-        self._version = version(first)
-        self._is_exact = exactly
-        if isinstance(steps, DeviceStep):
-            self._left = steps
-            self._before = same or None
-            self._are_zeros = not may_keep_nonfinite  # all of them, if one is dropped
-        else:
-            self._left = dict.fromkeys(steps, _ZEROS) if is_dropped(steps) else steps
-
-    def touch(self, gradients: Gradients, *, anew: bool) -> None:
-        """Take for ours what was written since: fused optimizers write the gradients that they have scaled.
-
-        Args:
-            gradients: measured before.
-            anew: whether code of others has run since, and may have moved them, or given back their memory.
-        """
         try:
             heads = gradients.heads(anew=anew)
         except RuntimeError:  # what is left is not known
-            self.forget()
             return
         self._versions = gradients.versions()
-        self._is_exact = self._is_exact and version(gradients.first) == self._version
-        if isinstance(self._left, DeviceStep):
-            self._samples, self._left = _samples_and_copies(heads, [self._left.norm, self._left.scale])
+        self._is_exact = exactly and (self._is_exact or same is not True)
+        if isinstance(steps, DeviceStep):
+            self._before = same if isinstance(same, tuple) else None
+            self._are_zeros = not may_keep_nonfinite  # all of them, if one is dropped
+            self._samples, self._left = _samples_and_copies(heads, [steps.norm, steps.scale])
         else:
             self._samples = _samples(heads)
+            if same is True:
+                self._left = left
+            else:
+                self._left = dict.fromkeys(steps, _ZEROS) if is_dropped(steps) else steps
 
     def forget(self) -> None:
         """Take whatever comes for new."""

@@ -7,7 +7,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from autoclip_torch.gradients import version
+from autoclip_torch.batches import version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

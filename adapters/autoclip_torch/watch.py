@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from autoclip_torch.gradients import head, is_capturing
+from autoclip_torch.batches import head
+from autoclip_torch.devices import is_capturing
 from autoclip_torch.groups import name_of
 from autoclip_torch.optimizers import params_of
 

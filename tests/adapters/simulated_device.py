@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from autoclip_torch import gradients
+from autoclip_torch import batches, devices
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -390,9 +390,9 @@ def simulated_device(monkeypatch, speed=0.8, kind="cuda", **options):
     machine = Machine.active = Machine(kind, speed, **options)
 
     def forget():
-        gradients.has_float64.cache_clear()
-        gradients._has_pinned_memory.cache_clear()
-        gradients._first_factors.cache_clear()
+        devices.has_float64.cache_clear()
+        devices.has_pinned_memory.cache_clear()
+        batches._first_factors.cache_clear()
 
     with monkeypatch.context() as patch, machine:
         patch.setattr(torch, "Event", Event)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from autoclip_torch import AutoClip, attach, decision, gradients, kernel
+from autoclip_torch import AutoClip, attach, batches, decision, kernel
 from torch import nn
 
 from autoclip_core import AutoClipError, AutoClipValueError
@@ -508,7 +508,7 @@ def test_two_factors_of_bfloat16_make_one_of_four_digits(machine):
     chance = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scales = torch.cat([torch.ones(1), chance])
     scales = torch.cat([scales, scales * 2.0**-60, torch.zeros(1)])
-    first, second = gradients._factors(machine.put(scales), torch.device(machine.kind, 0), torch.bfloat16)
+    first, second = batches._factors(machine.put(scales), torch.device(machine.kind, 0), torch.bfloat16)
     product = machine.get(first).double() * machine.get(second).double()
     assert (product - scales).abs().max() > 0
     assert ((product - scales).abs() <= 4e-4 * scales).all()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from autoclip_torch import AutoClip, attach
-from autoclip_torch.gradients import is_capturing
+from autoclip_torch.devices import is_capturing
 from torch import nn
 
 MODES = ["immediate", "deferred"]
