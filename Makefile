@@ -33,10 +33,10 @@ help:
 demo: .venv/demo
 	python -P -m autoclip_torch.demo --out demo-output $(DEMO)
 
-# Two at a time, the longest first; what each says is printed when it ends.
-test: tools static
+# Two at a time: first what says most at a glance, then the longest; what each says is printed when it ends.
+test: tools .venv/test
 	$(MAKE) SIDE_BY_SIDE=1 --jobs=2 --output-sync --keep-going \
-	    python-adapters c-asan c-tsan c-release c-msan c-fuzz python-others python-numba
+	    static python-adapters python-others python-numba c-asan c-tsan c-release c-msan c-fuzz
 
 # From Debian: qemu-user, and gcc-aarch64-linux-gnu, gcc-s390x-linux-gnu, gcc-i686-linux-gnu with their libc6-dev; wine,
 # and gcc-mingw-w64-x86-64.
