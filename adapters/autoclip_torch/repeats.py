@@ -53,10 +53,10 @@ class Repeats:
     _same: bool | tuple[Tensor, Tensor, Tensor] = False
     _before: tuple[Tensor, Tensor, Tensor] | None = None  # the same of the latest step
     _mark: int | None = None  # of the first gradient of this rank, if there is one
-    _versions = 0  # of all
+    _versions: int  # of all
     _samples: Sequence[_Sample] = ()
     _is_exact = True  # whether a norm that AutoClip did not scale is what was measured
-    _are_zeros = True
+    _are_zeros: bool  # whether a dropped step of a device has left zeros
 
     def leave(
         self,

@@ -149,6 +149,21 @@ def test_gradients_that_nobody_has_touched_are_known_again(shape, dtype, mode):
 
 
 @every_mode
+@pytest.mark.parametrize("written", [None, *range(4)])
+def test_gradients_of_several_dtypes_are_known_again_or_new_together(written, mode):
+    params = [nn.Parameter(torch.zeros(8, 3, dtype=dtype)) for dtype in DTYPES]
+    clip = AutoClip(params, 30.0, mode=mode)
+    for number in range(10):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 + number % 3)
+        clip.step()
+        if written is not None:
+            write([params[written]], [-params[written].grad])
+        clip.step()
+    assert clip.steps == (10 if written is None else 20)
+
+
+@every_mode
 def test_gradients_are_known_again_when_their_memory_is_another(mode):
     """Whoever gives a tensor other memory leaves none behind that could be read."""
     (param,) = make_params([(100_000,)])

@@ -84,7 +84,7 @@ ADAPTERS_KNOWN_BY = {
     "autoclip_tensorflow/state.py": "test_tensorflow",
     "autoclip_torch/agreement.py": _TORCH,
     "autoclip_torch/attach.py": _TORCH,
-    "autoclip_torch/batches.py": _TORCH,
+    "autoclip_torch/batches.py": f"{_TORCH} test_torch_device",
     "autoclip_torch/clip.py": _TORCH,
     "autoclip_torch/decision.py": "test_torch_device test_torch_compile",
     "autoclip_torch/deepspeed.py": "test_torch_engines",
