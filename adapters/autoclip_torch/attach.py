@@ -13,7 +13,7 @@ Facts about optimizers that shaped this module:
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -183,6 +183,17 @@ def attached(optimizer: Optimizer) -> AutoClip[Any] | None:
     return clip if clip is not None and clip._attachment is not None and clip._attachment.is_on() else None
 
 
+class _Clipped(NamedTuple):
+    """What a step has clipped, before the optimizer uses it."""
+
+    gradients: Gradients
+    steps: dict[int, ClipStep] | DeviceStep
+    folds: bool  # whether the optimizer scales them
+    is_unscaled: bool  # whether they are as large as they were measured
+    may_move: bool  # whether code of others runs in the step, and may move them
+    version: int  # of the first one
+
+
 class StepHooks:
     """What happens before and after the steps of one optimizer, and what is known of those that nobody saw."""
 
@@ -203,9 +214,7 @@ class StepHooks:
         self._may_move = not (self._is_torch and kind.__module__.startswith("torch.optim."))
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._lent: list[tuple[str, Tensor, Any]] = []
-        # Of the step that is being made: its gradients, what was decided, whether the optimizer scales them, whether
-        # they are unscaled, and the version of the first one.
-        self._clipped: tuple[Gradients, dict[int, ClipStep] | DeviceStep, bool, bool, int] | None = None
+        self._clipped: _Clipped | None = None  # in the step that is being made
         self._is_stepping = self._has_nested = False
         self._awaits_closure = False  # which this step has not called yet
         self._watch = Watch(optimizer)
@@ -298,12 +307,8 @@ class StepHooks:
             return
         if self._has_nested and is_nested(optimizer):
             return
-        if self._clipped is not None:
-            gradients, steps, folds, exactly, written = self._clipped
-            exactly = exactly and version(gradients.first) == written
-            hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-            anew = self._may_move or hooks > len(self._handles)
-            self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=exactly, anew=anew)
+        if (clipped := self._clipped) is not None:
+            self._leave(clipped, anew=clipped.may_move)
         self._take_back()
         self._is_stepping = False
         if self._awaits_closure:
@@ -315,6 +320,8 @@ class StepHooks:
     def _clip_gradients(self, optimizer: Optimizer, grad_scaler: Any = None) -> None:
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # a GradScaler adds up what each device has found: of none, a number
+            found_inf = None
         if grad_scaler is not None:
             grad_scale = _scale_of(grad_scaler, optimizer)
         gradients, norms = self._pipeline.measure(grad_scale)
@@ -336,7 +343,16 @@ class StepHooks:
             self._let_scale(optimizer, steps, grad_scale)
         elif steps:
             self._pipeline.apply(gradients, steps)
-        self._clipped = gradients, steps, folds, grad_scale is None, version(gradients.first)
+        hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+        may_move = self._may_move or hooks > len(self._handles)
+        self._clipped = _Clipped(gradients, steps, folds, grad_scale is None, may_move, version(gradients.first))
+        if gradients.is_shared:  # should the step fail on this rank alone, it must know as much as the others
+            self._leave(self._clipped)
+
+    def _leave(self, clipped: _Clipped, *, anew: bool = False) -> None:
+        gradients, steps, folds, is_unscaled, _, written = clipped
+        exactly = is_unscaled and version(gradients.first) == written
+        self._pipeline.leave(gradients, steps, may_keep_nonfinite=folds, exactly=exactly, anew=anew)
 
     def _let_leave_out(self, optimizer: Optimizer, steps: DeviceStep, found_inf: Tensor | None) -> None:
         """Have the optimizer leave everything alone if the step is dropped."""

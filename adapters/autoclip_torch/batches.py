@@ -34,19 +34,16 @@ _requires_grad = attrgetter("requires_grad")
 class Batch(ABC):
     """Real, dense, local tensors of one kind that share their memory with gradients.
 
-    Attributes:
+    Args:
         kind: what is known of them.
-        tensors: themselves, those of each group side by side.
+        tensors: those of each group side by side.
     """
 
     __slots__ = ("kind", "tensors")
 
-    kind: Kind
-    tensors: list[Tensor]
-
-    @abstractmethod
-    def __init__(self, kind: Kind, tensors: list[Tensor], places: Sequence[int]) -> None:
-        """Take tensors that begin at these places in memory."""
+    def __init__(self, kind: Kind, tensors: list[Tensor]) -> None:
+        self.kind = kind
+        self.tensors = tensors
 
     @abstractmethod
     def norms(self, least: torch.dtype) -> Tensor | list[float]:
@@ -104,10 +101,6 @@ class ForeachBatch(Batch):
     """Tensors of any device and dtype, for torch's foreach functions."""
 
     __slots__ = ()
-
-    def __init__(self, kind: Kind, tensors: list[Tensor], places: Sequence[int]) -> None:
-        self.kind = kind
-        self.tensors = tensors
 
     def norms(self, least: torch.dtype) -> Tensor:
         """Return the norm of each group that is here, accumulated in `least` or wider, on the device."""

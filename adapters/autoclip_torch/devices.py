@@ -1,6 +1,6 @@
 """What devices can do, and how numbers get to them.
 
-Every tensor is made on a device that is named: a program may have set another default.
+Every tensor of this package is made on a device that is named: a program may have set another default.
 """
 
 from __future__ import annotations

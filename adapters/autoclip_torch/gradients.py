@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
-from autoclip_torch.batches import ForeachBatch, version
+from autoclip_torch.batches import version
 from autoclip_torch.devices import CPU, as_tensor, moved, widest
-from autoclip_torch.kernel import KernelBatch
 from autoclip_torch.layout import Kind, Layout, guards_of
 
 if TYPE_CHECKING:
@@ -135,12 +134,11 @@ class Gradients:
         self._batches = []
         for (device, dtype, shards, is_taken), items in found.items():
             alike, places, indices = map(list, zip(*items, strict=True))
-            memory, batch = (kernel.Layout(alike), KernelBatch) if is_taken else (None, ForeachBatch)
+            extents = kernel.Extents(alike) if is_taken else None
             sizes = Counter(indices)
-            guards = guards_of(alike)
-            kind = Kind(device, dtype, shards, memory, batch, guards, places, list(sizes), list(sizes.values()))
-            addresses = list(map(kernel.address, alike)) if is_taken else []
-            self._batches.append(batch(kind, alike, addresses))
+            kind = Kind(device, dtype, shards, extents, guards_of(alike), places, list(sizes), list(sizes.values()))
+            # What the kernel takes has memory; others may hide theirs.
+            self._batches.append(kind.batch(alike, list(map(kernel.address_of, alike)) if is_taken else []))
         kinds = [batch.kind for batch in self._batches]
         self.layout = Layout(grads, tensors, kinds, may_return=not found_shared)
 
@@ -311,7 +309,7 @@ def _take(taken: list[tuple[int, int]], tensor: Tensor) -> bool:
 def _name(batch: Batch) -> str:
     # In an order that does not depend on that of the gradients, for sums do.
     kind = batch.kind
-    return f"{kind.device} {kind.dtype} {kind.memory is not None}"
+    return f"{kind.device} {kind.dtype} {kind.extents is not None}"
 
 
 def _place(param: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from functools import cache
 from itertools import islice
 from math import hypot, inf, sqrt
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ _MOST = 2**18
 
 # Of one tensor after the other, without a word of Python in between. An address is 0 where there is no memory, and
 # a RuntimeError where a tensor hides it.
-address, _version = Tensor.data_ptr, attrgetter("_version")
+address_of, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 def is_watched() -> bool:
@@ -72,8 +72,8 @@ def takes(tensor: Tensor) -> bool:
     return address != 0 and address % width == 0
 
 
-class Layout:
-    """What the kernel must know of tensors besides their addresses.
+class Extents:
+    """What the kernel must know of tensors besides their addresses: how many elements they have, and of what width.
 
     Args:
         tensors: of one dtype, which the kernel `takes`. They are not kept.
@@ -81,7 +81,7 @@ class Layout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._sizes = array("Q", map(Tensor.numel, tensors))
-        self.no_norms = array("d", [0.0]) * len(self._sizes)
+        self.no_norms = array("d", [0.0]) * len(self._sizes)  # room for the norm of each
         # As all functions of the kernel take them: where the sizes are, how many there are, and of what width.
         self.arguments = self._sizes.buffer_info()[0], len(self._sizes), _WIDTHS[tensors[0].dtype]
 
@@ -95,19 +95,23 @@ class Layout:
 class KernelBatch(Batch):
     """Tensors that the kernel takes, measured as soon as they are here.
 
+    Args:
+        kind, tensors: as of every batch.
+        extents: of these tensors.
+        addresses: where they begin in memory.
+
     Raises:
         RuntimeError: one has no memory.
     """
 
-    __slots__ = ("_addresses", "_arguments", "_layout", "_norms")
+    __slots__ = ("_addresses", "_arguments", "_extents", "_norms")
 
-    def __init__(self, kind: Kind, tensors: list[Tensor], places: Sequence[int]) -> None:
-        self.kind = kind
-        self.tensors = tensors
-        self._layout = layout = cast("Layout", kind.memory)
-        self._addresses = addresses = array("Q", places)  # of an iterator an array takes longer
-        self._arguments = arguments = addresses.buffer_info()[0], *layout.arguments
-        norms = layout.no_norms[:]
+    def __init__(self, kind: Kind, tensors: list[Tensor], extents: Extents, addresses: list[int]) -> None:
+        super().__init__(kind, tensors)
+        self._extents = extents
+        self._addresses = array("Q", addresses)
+        self._arguments = arguments = self._addresses.buffer_info()[0], *extents.arguments
+        norms = extents.no_norms[:]
         if not _functions().tensors_measure(*arguments, norms.buffer_info()[0]):
             raise RuntimeError("A gradient has no memory.")
         self._norms: list[float] = norms.tolist()
@@ -139,9 +143,9 @@ class KernelBatch(Batch):
         arguments = self._arguments
         if anew:
             guards = self.kind.guards
-            if not (guards.check(*self.tensors) if guards is not None else self._layout.has(self.tensors)):
+            if not (guards.check(*self.tensors) if guards is not None else self._extents.has(self.tensors)):
                 raise RuntimeError("A gradient has become another kind of tensor.")
-            addresses = array("Q", list(map(address, self.tensors)))
+            addresses = array("Q", list(map(address_of, self.tensors)))
             if 0 in addresses:
                 raise RuntimeError("The memory of a gradient has been given back.")
             arguments = addresses.buffer_info()[0], *arguments[1:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoclip_torch import kernel
+from autoclip_torch.batches import ForeachBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,12 +30,21 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     shards: tuple[ProcessGroup, ...]  # over which they are sharded
-    memory: kernel.Layout | None  # if the kernel takes them: what it must know
-    batch: type[Batch]  # what measures and scales them
+    extents: kernel.Extents | None  # of all of them, if the kernel takes them
     guards: Any  # what tells tensors like these from others at once; None if that is not to be had
     places: list[int]  # of their gradients, among all that there are
     groups: list[int]  # that have any of them, ascending
     sizes: list[int]  # how many each of these groups has
+
+    def batch(self, tensors: list[Tensor], addresses: list[int]) -> Batch:
+        """Return tensors of this kind, which begin at these addresses, as what measures and scales them.
+
+        Raises:
+            RuntimeError: the kernel takes them, but one has no memory.
+        """
+        if self.extents is None:
+            return ForeachBatch(self, tensors)
+        return kernel.KernelBatch(self, tensors, self.extents, addresses)
 
 
 class Layout:
@@ -61,10 +71,10 @@ class Layout:
         # What is taken of a gradient that is more than a tensor does not tell all of it.
         self._is_guarded = may_return and bool(kinds) and all(kind.guards is not None for kind in kinds)
         self._is_guarded &= all(map(is_, present, tensors))
-        self._places = 0  # in memory, where the tensors begin; those that have none count once
+        self._distinct = 0  # addresses at which the tensors begin; those that have no memory count once
         if self._is_guarded:
             try:
-                self._places = len(set(map(kernel.address, tensors)))
+                self._distinct = len(set(map(kernel.address_of, tensors)))
             except RuntimeError:
                 self._is_guarded = False
 
@@ -81,20 +91,20 @@ class Layout:
                 return None
             grads = [grad for grad in grads if grad is not None]
         batches: list[Batch] = []
-        places: set[int] = set()
+        distinct: set[int] = set()
         for kind in self.kinds:
             tensors = grads if len(self.kinds) == 1 else [grads[at] for at in kind.places]
             # Where no graph is made, the guards do not ask for one.
             if not kind.guards.check(*tensors) or tensors[0].requires_grad:
                 return None
             try:
-                addresses = list(map(kernel.address, tensors))
-                batches.append(kind.batch(kind, tensors, addresses))
+                addresses = list(map(kernel.address_of, tensors))
+                batches.append(kind.batch(tensors, addresses))
             except RuntimeError:
                 return None
-            places.update(addresses)
-        # Fewer places: some have come to share memory, and have to be told apart.
-        return batches if len(places) >= self._places else None
+            distinct.update(addresses)
+        # Fewer addresses: some have come to share memory, and have to be told apart.
+        return batches if len(distinct) >= self._distinct else None
 
 
 def guards_of(tensors: Sequence[Tensor]) -> Any:

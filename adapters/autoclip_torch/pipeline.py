@@ -256,6 +256,7 @@ class Pipeline:
         if self._is_deferred:
             return self._decide_on_device(gradients, as_tensor(norms), found_inf)
         if found_inf is not None and found_inf.item():
+            self.repeats.forget()
             return {}
         if self._deferred is not None:
             self._deferred.receive(wait=True)  # all norms are known: a model may have left its device

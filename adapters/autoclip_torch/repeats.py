@@ -44,7 +44,7 @@ _marks = count()
 
 
 class Repeats:
-    """The gradients that the latest step left."""
+    """The gradients that the latest step left: the latest that came to its end."""
 
     # The step of each group, by its index; or, of a device, norms and scales, shape (2, groups).
     # None: whatever comes is new.
@@ -67,9 +67,9 @@ class Repeats:
         exactly: bool,
         anew: bool,
     ) -> None:
-        """Remember what a step leaves (see Pipeline.leave)."""
+        """Remember what a step leaves (see Pipeline.leave); another time in the same step, what it has left by then."""
         same, left = self._same, self._left
-        self.forget()
+        self._left = self._before = None
         if (first := gradients.first) is not None:
             self._mark = next(_marks)
             setattr(first, _MARK, self._mark)

@@ -794,6 +794,23 @@ def test_steps_that_a_gradscaler_skips_are_not_seen(make_optimizer):
     assert (clip.steps, clip.nonfinite_steps, len(clip.history)) == (1, 0, 1)
 
 
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
+@pytest.mark.filterwarnings("ignore:No parameter has a gradient")
+def test_fused_optimizer_without_gradients_may_have_a_gradscaler(mode):
+    """One of two that take turns: torch then says that infinities were found 0 times, as a number."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.Adam([param], fused=True) for param in params]
+    clips = [attach(optimizer, mode=mode) for optimizer in optimizers]
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(4):
+        params[0].grad = params[1].grad = None
+        scaler.scale(params[step % 2].sum()).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    assert [clip.history.values().tolist() for clip in clips] == [[pytest.approx(3**0.5)] * 2] * 2
+
+
 # Save, load, resume
 
 

@@ -146,6 +146,13 @@ def test_rank_without_gradients_takes_part(results, kind, scope, mode):
 
 
 @pytest.mark.parametrize("mode", ["immediate", "deferred"])
+def test_step_that_fails_on_one_rank_and_is_made_again_counts_once_on_all(results, mode):
+    squares = [4 * ((10 - step) ** 2 + (11 - step) ** 2) for step in range(4)]
+    expected = 4, [pytest.approx(square**0.5, rel=1e-7) for square in sorted(squares)]
+    assert results(2, f"failed_step {mode}") == [expected] * 2
+
+
+@pytest.mark.parametrize("mode", ["immediate", "deferred"])
 def test_gradients_that_are_placed_unlike_their_parameters_are_clipped(results, mode):
     grad = torch.arange(16.0).view(4, 4)
     norm = (3 * grad.square().sum()).sqrt().item()

@@ -540,7 +540,7 @@ class Hooked(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("change", [lengthen, shorten, take_memory])
-@pytest.mark.parametrize("by", ["hook of before", "hook", "hook behind", "part of a step"])
+@pytest.mark.parametrize("by", ["hook of before", "hook", "hook that goes", "hook behind", "part of a step"])
 def test_memory_is_not_read_where_it_was_after_code_of_others(by, change, fingerprinted):
     params = params_of(grads_of(3, 15))
     optimizer = (Hooked if by == "part of a step" else torch.optim.SGD)(params, lr=0.0)
@@ -549,12 +549,14 @@ def test_memory_is_not_read_where_it_was_after_code_of_others(by, change, finger
         for param in params:
             change(param.grad)
             param.grad = None  # which no optimizer reads then
+        if by == "hook that goes":
+            handle.remove()
 
     if by == "hook of before":
         optimizer.register_step_post_hook(hook)
     clip = attach(optimizer)
-    if by == "hook":
-        optimizer.register_step_pre_hook(hook)
+    if by in {"hook", "hook that goes"}:
+        handle = optimizer.register_step_pre_hook(hook)
     elif by == "hook behind":
         optimizer.register_step_post_hook(hook)
     optimizer.step()

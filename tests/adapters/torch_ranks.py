@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from math import nan
@@ -334,6 +335,32 @@ def without_gradients(rank, world, folder, *, way, sharded):
     }
 
 
+class FailsOnce(torch.optim.SGD):
+    """An optimizer whose step fails when it is told to, as one without memory for its state does."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            self.fails = False
+            raise MemoryError
+        return super().step(closure)
+
+
+def failed_step(rank, world, folder, *, mode):
+    """A step that fails on rank 0 alone, and is made again on both."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = FailsOnce([param], lr=0.1)
+    clip = attach(optimizer, PERCENTILE, mode=mode, process_group=dist.group.WORLD)
+    for step in range(4):
+        param.grad = torch.full((4,), 10.0 - step + rank)
+        optimizer.fails = step == 3 and rank == 0
+        with suppress(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    return clip.steps, clip.history.values().tolist()
+
+
 def placed_elsewhere(rank, world, folder, *, mode):
     """A step on gradients that are not placed as their parameters are, and are no sums to be added up."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -484,6 +511,7 @@ def scenarios(world):
         found["overlap"] = overlap
         found["parts_for_the_whole"] = parts_for_the_whole
         for mode in ("immediate", "deferred"):
+            found[f"failed_step {mode}"] = partial(failed_step, mode=mode)
             found[f"placed_elsewhere {mode}"] = partial(placed_elsewhere, mode=mode)
             for scope in ("global", "parameter"):
                 way = Way(scope, mode, "step")
