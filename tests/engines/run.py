@@ -198,8 +198,11 @@ run that was killed and resumed has those of an undisturbed one. On CPUs with gl
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {' '.join(PARTS)}; all if none. Figures of others stay")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"no engine is called {' or '.join(sorted(unknown))}; there are {' '.join(PARTS)}")
     wrong = []
-    for part in parser.parse_args().parts or PARTS:
+    for part in parts:
         results = []
         with tempfile.TemporaryDirectory() as folder:
             for step in PARTS[part]:
